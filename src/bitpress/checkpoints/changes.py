@@ -1,0 +1,62 @@
+"""All or nothing: what has been solved is kept aside, packed, until everything has been."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.models.blocks import Block
+from bitpress.models.linears import weight_matrix
+from bitpress.quantization import PackedWeight, QuantizedWeight
+
+
+class Changes:
+    """The new values of a model's parameters, block by block, apart from the model.
+
+    While a block is worked on its parameters hold the new values; afterwards they hold the old ones again, until
+    :meth:`commit`. An error half-way, or a keyboard interrupt, leaves the model as it was, at the price of the packed
+    weights' memory.
+    """
+
+    def __init__(self) -> None:
+        self.packed: dict[str, PackedWeight] = {}
+        self.dense: dict[str, Tensor] = {}
+
+    @contextmanager
+    def of(self, block: Block, quantized: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+        """Inside the ``with`` the block's parameters may be written to; ``quantized`` fills meanwhile."""
+        parameters = dict(_parameters(block))
+        saved = {name: p.data.clone() for name, p in parameters.items()}
+        try:
+            yield
+            self._remember(block, parameters, saved, quantized)
+        finally:
+            for name, p in parameters.items():
+                p.data.copy_(saved[name])
+
+    def _remember(
+        self,
+        block: Block,
+        parameters: Mapping[str, nn.Parameter],
+        saved: Mapping[str, Tensor],
+        quantized: Mapping[str, QuantizedWeight],
+    ) -> None:
+        weights = {f"{name}.weight": name for name in quantized}
+        for name, p in parameters.items():
+            if name in weights:
+                layer = weights[name]
+                self.packed[layer] = quantized[layer].pack()
+            elif not torch.equal(p.data, saved[name]):
+                self.dense[name] = p.data.clone()
+
+    def commit(self, model: nn.Module) -> None:
+        """Write everything to the model: the dequantized weights, and what smoothing changed."""
+        for name, packed in self.packed.items():
+            weight_matrix(model.get_submodule(name)).copy_(packed.unpack().dequantize())
+        for name, value in self.dense.items():
+            model.get_parameter(name).data.copy_(value)
+
+
+def _parameters(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
+    return block.module.named_parameters(prefix=block.name, remove_duplicate=True)

@@ -1,0 +1,95 @@
+"""A directory that appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bitpress.errors import BitpressError
+
+# Files by which a directory is known to hold a model.
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf", "config.json")
+# Left free on the disk, for what others write meanwhile.
+SPARE_BYTES = 16 << 20
+
+
+def check_destination(directory: str | os.PathLike[str], *, overwrite: bool, needed: int = 0) -> Path:
+    """Refuse a directory that holds a model already, a file, or a disk without room.
+
+    Args:
+        directory: where a checkpoint is to be written.
+        overwrite: a model that is there may be replaced.
+        needed: bytes that will be written.
+
+    Raises:
+        BitpressError: says which, and the way out.
+    """
+    path = Path(directory).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise BitpressError(f"{path} is a file: give a directory.")
+    if not overwrite and path.is_dir() and (found := _model_file(path)):
+        raise BitpressError(f"{path} holds a model already ({found}): give another directory, or overwrite=True.")
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed + SPARE_BYTES > free:
+        raise BitpressError(
+            f"no room on the disk: {path} needs about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free."
+        )
+    return path
+
+
+def _model_file(path: Path) -> str | None:
+    return next((p.name for pattern in MODEL_FILES for p in path.glob(pattern)), None)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new directory beside ``path`` to write to, which takes its name once the ``with`` ends without an error.
+
+    What else was in ``path`` (not a model's files) is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield draft
+        _sync(draft)
+        if path.is_dir():
+            _replace(path, draft)
+        else:
+            draft.chmod(0o777 & ~_umask())
+            draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(path: Path, draft: Path) -> None:
+    replaced = {p for pattern in MODEL_FILES for p in path.glob(pattern)}
+    for other in path.iterdir():
+        if other not in replaced and not (draft / other.name).exists():
+            copy = shutil.copytree if other.is_dir() else shutil.copy2
+            copy(other, draft / other.name)
+    draft.chmod(path.stat().st_mode & 0o777)
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        draft.rename(path)
+    except OSError:
+        (old / path.name).rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,109 @@
+"""Reading a compressed checkpoint back."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_targets
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bitpress.checkpoints.attached import attach
+from bitpress.checkpoints.saving import CONFIG_FILE, WEIGHTS_FILE
+from bitpress.errors import BitpressError
+from bitpress.models.linears import as_parameter, is_linear
+from bitpress.quantization import PackedWeight, QuantizationScheme
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """Load what :func:`bitpress.save` wrote.
+
+    Args:
+        directory: of the checkpoint.
+        model: a module of the architecture that was saved; it is filled and returned. Not needed for a transformers
+            causal language model.
+        **options: of ``from_pretrained``, where there is no ``model``.
+
+    Returns:
+        The model with dense weights that equal, bit for bit, those that were saved.
+
+    Raises:
+        BitpressError: a file is missing or cannot be read, or it does not fit the model; the model is left as it was.
+    """
+    path = Path(directory).expanduser()
+    if model is None:
+        from transformers import AutoModelForCausalLM
+
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
+        return loaded
+    config = _read_config(path)
+    stored = _read_weights(path)
+    dense, packed, schemes = _unpack(stored, config, model)
+    for alias, name in config.get("tied_weights", {}).items():
+        dense[alias] = dense[name]
+    _check_fit(dense, model, path)
+    model.load_state_dict(dense)
+    for name, weight in packed.items():
+        attach(model.get_submodule(name), schemes[name], weight)
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise BitpressError(f"{path} holds no checkpoint: {CONFIG_FILE} is missing.")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise BitpressError(f"{file} is not JSON: {error}") from error
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        raise BitpressError(f"{path} holds no checkpoint: {WEIGHTS_FILE} is missing.")
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise BitpressError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _unpack(
+    stored: dict[str, Tensor], config: dict[str, Any], model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, PackedWeight], dict[str, QuantizationScheme]]:
+    """Dense tensors by name, with the packed layers and their schemes."""
+    dense = dict(stored)
+    packed: dict[str, PackedWeight] = {}
+    schemes: dict[str, QuantizationScheme] = {}
+    groups = QuantizationConfig(**config["quantization_config"]).config_groups if "quantization_config" in config else {}
+    by_target = {target: scheme for scheme in groups.values() for target in scheme.targets}
+    for name, module in model.named_modules():
+        if not is_linear(module) or f"{name}.weight_packed" not in stored:
+            continue
+        matched = match_targets(name, module, by_target)
+        if not matched:
+            raise BitpressError(f"{name} is packed, but no config group of {CONFIG_FILE} targets it.")
+        schemes[name] = by_target[matched[0]]
+        kinds = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        tensors = {kind: dense.pop(f"{name}.{kind}") for kind in kinds if f"{name}.{kind}" in dense}
+        packed[name] = PackedWeight.from_tensors(tensors, schemes[name].weights)
+        dense[f"{name}.weight"] = as_parameter(module, packed[name].unpack().dequantize())
+    return dense, packed, schemes
+
+
+def _check_fit(dense: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    wanted = model.state_dict()
+    for what, names in (("lacks", wanted.keys() - dense.keys()), ("has more than the model:", dense.keys() - wanted.keys())):
+        if names:
+            raise BitpressError(f"{path} does not fit {type(model).__name__}: it {what} {', '.join(sorted(names)[:3])}.")
+    for name, tensor in dense.items():
+        if tensor.shape != wanted[name].shape:
+            raise BitpressError(
+                f"{path} does not fit {type(model).__name__}: {name} is {tuple(tensor.shape)}, "
+                f"the model's {tuple(wanted[name].shape)}."
+            )
+
+

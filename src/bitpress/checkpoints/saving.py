@@ -1,0 +1,202 @@
+"""Writing a compressed model: a compressed-tensors checkpoint, safetensors only, whole or not at all."""
+
+import functools
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitpress.checkpoints.attached import attached_layers, packed_weight
+from bitpress.checkpoints.config import quantization_config
+from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.quantization import PackedWeight
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What is saved beside a model's weights.
+
+    Attributes:
+        recipe: the recipe as YAML.
+        processor: the tokenizer or processor, if known.
+        report: what happened, as JSON can hold it.
+    """
+
+    recipe: str | None = None
+    processor: Any = None
+    report: dict[str, Any] | None = None
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    save_compressed: bool = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write a model's checkpoint.
+
+    Args:
+        model: what ``oneshot`` returned: a transformers model, or any module (``bitpress.load`` reads those).
+        directory: where to; it appears only when all is written.
+        save_compressed: packed weights; False writes dense ones.
+        overwrite: replace a model that is in the directory.
+        **options: of transformers' ``save_pretrained``, for its models.
+
+    Raises:
+        BitpressError: the directory holds a model, the disk is full, or a weight was changed since it was quantized.
+    """
+    layers = attached_layers(model) if save_compressed else {}
+    packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
+    state = _dense_state(model)
+    path = check_destination(directory, overwrite=overwrite, needed=_bytes(state, packed))
+    with whole_directory(path) as draft:
+        if _is_transformers(model):
+            _write_transformers(model, draft, state, layers, packed, options)
+        else:
+            _write_plain(model, draft, state, layers, packed)
+        _write_companions(model, draft)
+    return path
+
+
+def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
+    """Make ``model.save_pretrained`` write the compressed checkpoint, with what belongs beside it."""
+    model._bitpress_companions = companions  # type: ignore[assignment]
+    if _is_transformers(model):
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+
+
+def _save_pretrained(
+    model: Any, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **options: Any
+) -> None:
+    """Write the compressed checkpoint; see :func:`bitpress.save` for ``save_compressed`` and ``overwrite``."""
+    if args:
+        names = ("is_main_process", "state_dict")
+        options.update(zip(names, args, strict=False))
+    if not options.pop("is_main_process", True):
+        return
+    path = save(model, save_directory, **options)
+    if push_to_hub:
+        model.push_to_hub(options.get("repo_id") or path.name, token=options.get("token"))
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(type(model), "save_pretrained") and hasattr(model, "config")
+
+
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _bytes(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:
+    unique = {t.data_ptr(): t.numel() * t.element_size() for name, t in state.items() if name[:-7] not in packed}
+    return sum(unique.values()) + sum(p.nbytes() for p in packed.values())
+
+
+def _write_transformers(
+    model: Any,
+    draft: Path,
+    state: dict[str, Tensor],
+    layers: dict[str, nn.Module],
+    packed: dict[str, PackedWeight],
+    options: dict[str, Any],
+) -> None:
+    # Its readers attach schemes to nn.Linear only: the rest (GPT-2's Conv1D) is stored dense, on the same grid.
+    read = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    if len(read) < len(layers):
+        logger.warning(
+            "%d layers of class %s are stored dense: compressed-tensors reads packed weights of nn.Linear only.",
+            len(layers) - len(read),
+            ", ".join(sorted({type(layer).__name__ for name, layer in layers.items() if name not in read})),
+        )
+    tensors = _replace_weights(state, {name: packed[name] for name in read})
+    type(model).save_pretrained(model, draft, state_dict=options.pop("state_dict", tensors), **options)
+    if read:
+        _warn_of_broken_pair(packed)
+        file = draft / CONFIG_FILE
+        config = json.loads(file.read_text())
+        config["quantization_config"] = quantization_config(model, read)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_plain(
+    model: nn.Module,
+    draft: Path,
+    state: dict[str, Tensor],
+    layers: dict[str, nn.Module],
+    packed: dict[str, PackedWeight],
+) -> None:
+    tensors = _replace_weights(state, packed)
+    shared: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in list(tensors.items()):
+        first = shared.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if first != name and tensors[first].shape == tensor.shape:
+            aliases[name] = first
+            del tensors[name]
+    save_file({n: t.contiguous() for n, t in tensors.items()}, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+    config: dict[str, Any] = {"architectures": [type(model).__name__], "tied_weights": aliases}
+    if layers:
+        config["quantization_config"] = quantization_config(model, layers)
+    (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
+    """The state dict with each packed layer's weight in its stored form."""
+    tensors = {}
+    for name, tensor in state.items():
+        layer = name.removesuffix(".weight")
+        if layer in packed and layer != name:
+            tensors |= {f"{layer}.{kind}": t for kind, t in packed[layer].tensors().items()}
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def _write_companions(model: nn.Module, draft: Path) -> None:
+    companions: Companions | None = getattr(model, "_bitpress_companions", None)  # type: ignore[assignment]
+    if companions is None:
+        return
+    if companions.recipe:
+        (draft / RECIPE_FILE).write_text(companions.recipe)
+    if companions.report:
+        (draft / REPORT_FILE).write_text(json.dumps(companions.report, indent=2) + "\n")
+    if companions.processor is not None:
+        companions.processor.save_pretrained(draft)
+
+
+@functools.cache
+def _versions() -> tuple[str, str]:
+    return version("transformers"), version("compressed-tensors")
+
+
+def _warn_of_broken_pair(packed: dict[str, PackedWeight]) -> None:
+    """transformers 5.23.0 with compressed-tensors 0.18 to 0.20 cannot load asymmetric packed weights."""
+    transformers, compressed = _versions()
+    asymmetric = any(not p.args.symmetric for p in packed.values())
+    if asymmetric and transformers == "5.23.0" and not compressed.startswith("0.17."):
+        warnings.warn(
+            f"transformers {transformers} with compressed-tensors {compressed} cannot load this asymmetric checkpoint "
+            "(the load stops with a size mismatch of weight_zero_point). Load it with transformers 5.22.2, or with "
+            "compressed-tensors 0.17.1.",
+            stacklevel=4,
+        )
+
+
+__all__ = ["Companions", "bind_save_pretrained", "check_destination", "save"]

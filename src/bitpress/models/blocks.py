@@ -1,0 +1,110 @@
+"""Blocks: the repeated sub-networks of a model, which are calibrated one after the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressed_tensors.utils import is_match
+from torch import nn
+
+from bitpress.errors import BitpressError
+from bitpress.models.linears import is_linear
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Block:
+    """A sub-network that is run, solved and run again as one.
+
+    Attributes:
+        name: its name in the model; "" for the model itself.
+        module: the sub-network.
+        layers: the targeted layers in it, by their names in the model.
+        calls: its calls in the dry run, in order; empty when there was none.
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    calls: list[Call] = field(default_factory=list)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of the block by its name in the model."""
+        return self.module.named_modules(prefix=self.name)
+
+    @property
+    def label(self) -> str:
+        """The block's name for people."""
+        return self.name or "the model"
+
+
+def find_blocks(
+    model: nn.Module, layers: Mapping[str, nn.Module], sequential_targets: Sequence[str] | None = None
+) -> list[Block]:
+    """Cut a model into blocks that together hold all targeted ``layers``.
+
+    The user's ``sequential_targets`` (names, class names or ``re:`` patterns) have the last word; then the model's
+    ``_no_split_modules``; then the children of every outermost ``ModuleList`` (or ``Sequential`` of one class) that
+    hold targeted layers. A targeted layer outside of all of these is a block of its own; a model without any is one
+    block.
+
+    Raises:
+        BitpressError: ``sequential_targets`` match no module that holds a targeted layer.
+    """
+    names = _block_names(model, layers, sequential_targets)
+    if not names:
+        return [Block("", model, dict(layers))]
+    modules = dict(model.named_modules())
+    blocks = {name: Block(name, modules[name], {}) for name in names}
+    for name, layer in layers.items():
+        owner = next((b for b in _ancestors(name) if b in blocks), None)
+        if owner is None:
+            blocks[name] = Block(name, layer, {name: layer})
+        else:
+            blocks[owner].layers[name] = layer
+    return [blocks[name] for name in modules if name in blocks]
+
+
+def _block_names(
+    model: nn.Module, layers: Mapping[str, nn.Module], sequential_targets: Sequence[str] | None
+) -> list[str]:
+    holders = {ancestor for name in layers for ancestor in _ancestors(name)}
+    if sequential_targets:
+        patterns = [sequential_targets] if isinstance(sequential_targets, str) else list(sequential_targets)
+        chosen = [n for n, m in model.named_modules() if n in holders and is_match(n, m, patterns)]
+        if not chosen:
+            raise BitpressError(f"sequential_targets {patterns} match no module that holds a targeted layer.")
+        return _outermost(chosen)
+    hints = set(getattr(model, "_no_split_modules", None) or ())
+    hinted = [n for n, m in model.named_modules() if n in holders and type(m).__name__ in hints]
+    if len(hinted) > 1:
+        return _outermost(hinted)
+    children = [f"{n}.{c}" if n else c for n, m in model.named_modules() for c in _repeated(m)]
+    return _outermost([n for n in children if n in holders and n not in layers])
+
+
+def _repeated(module: nn.Module) -> list[str]:
+    """Names of the children that are one another's kind: all of a ModuleList, a Sequential's if of one class."""
+    children = [name for name, child in module.named_children() if not is_linear(child)]
+    one_class = len({type(child) for child in module.children()}) == 1
+    listed = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and one_class)
+    return children if listed and len(children) > 1 else []
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """``a.b.c``, ``a.b``, ``a``."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _outermost(names: Sequence[str]) -> list[str]:
+    chosen = set(names)
+    return [name for name in names if not any(a in chosen for a in _ancestors(name.rpartition(".")[0]))]

@@ -1,0 +1,9 @@
+"""What users compose into a recipe."""
+
+from bitpress.modifiers.awq import AWQModifier
+from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.mappings import AWQMapping, register_mappings
+from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.state import State
+
+__all__ = ["AWQMapping", "AWQModifier", "Modifier", "QuantizationModifier", "State", "register_mappings"]

@@ -1,0 +1,222 @@
+"""AWQModifier: scale the channels that activations make important, so that quantization hurts them less."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.utils import is_match
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor, nn
+
+from bitpress.errors import BitpressError
+from bitpress.models.blocks import Block
+from bitpress.models.linears import weight_matrix
+from bitpress.models.proofs import Claim, Proof, prove, prove_together
+from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
+from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping
+from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.state import State
+from bitpress.quantization import QuantizationArgs, QuantizationScheme
+from bitpress.solvers import BalanceWeight, search_scales
+from bitpress.statistics import Statistic
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GROUP_SIZE = 128
+
+
+class AWQModifier(QuantizationModifier):
+    """Activation-aware weight quantization (Lin et al., 2023, https://arxiv.org/abs/2306.00978).
+
+    Before a QuantizationModifier it smooths, and takes the scheme from there. Alone, with a scheme of its own, it
+    quantizes as well.
+
+    Attributes:
+        bits: of the weights, 2 to 8. With ``symmetric`` and ``group_size`` it states a scheme for ``targets``.
+        symmetric: grids centred on 0.
+        group_size: input channels that share a scale, -1 for all of a row. 128 if only ``bits`` is stated.
+        mappings: which layers scale which; the family's registered ones if not given.
+        duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
+        n_grid: exponents tried per mapping.
+    """
+
+    bits: int | None = Field(default=None, ge=2, le=8)
+    symmetric: bool | None = None
+    group_size: int | None = None
+    mappings: list[AWQMapping] | None = None
+    duo_scaling: bool | Literal["both"] = True
+    n_grid: int = Field(default=20, ge=1)
+
+    _resolved: dict[str, list[ResolvedMapping]] = PrivateAttr(default_factory=dict)
+
+    @field_validator("mappings", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """A mapping may also be written as a pair, as in YAML."""
+        if not isinstance(value, list):
+            return value
+        return [AWQMapping(item[0], item[1]) if isinstance(item, (list, tuple)) else item for item in value]
+
+    @property
+    def states_scheme(self) -> bool:
+        """True with a scheme or config_groups: then this modifier quantizes as well."""
+        return self.scheme is not None or self.config_groups is not None
+
+    @property
+    def may_state_scheme(self) -> bool:
+        """True with ``bits``, which are enough if no other modifier says more."""
+        return self.states_scheme or self.bits is not None
+
+    def groups(self) -> dict[str, QuantizationScheme]:
+        """See :meth:`QuantizationModifier.groups`; ``bits`` states one group."""
+        groups = super().groups()
+        if not groups and self.bits is not None:
+            weights = QuantizationArgs(
+                num_bits=self.bits,
+                symmetric=True if self.symmetric is None else self.symmetric,
+                group_size=self.group_size or DEFAULT_GROUP_SIZE,
+            )
+            return {"group_0": QuantizationScheme(targets=list(self.targets), weights=weights)}
+        for label, group in groups.items():
+            if group.weights is not None:
+                self._check_agreement(group.weights, f"its own {label}")
+        return groups
+
+    def on_initialize(self, state: State) -> None:
+        """Resolve the mappings in every block and prove them."""
+        for name, scheme in state.schemes.items():
+            self._check_agreement(scheme.weights, name)
+        source, mappings = self._mappings(state.model)
+        self._resolved = {block.name: self._resolve(mappings, block, source) for block in state.blocks}
+        if source == "user":
+            self._check_all_used(mappings)
+        if not any(self._resolved.values()):
+            raise BitpressError(
+                f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], or "
+                "use QuantizationModifier alone."
+            )
+        self._prove(state)
+
+    def required_statistics(self, state: State, name: str) -> Statistic:
+        """Gram matrix and mean magnitude, for the balance layers."""
+        balanced = any(name in mapping.balance for found in self._resolved.values() for mapping in found)
+        return Statistic.GRAM | Statistic.MEAN_MAGNITUDE if balanced else Statistic.NONE
+
+    def on_block(self, state: State, block: Block) -> None:
+        """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
+        for mapping in self._resolved[block.name]:
+            self._smooth(state, mapping)
+        super().on_block(state, block)
+
+    def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
+        targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}
+        measured = [state.statistics[n] for n in targeted if n in state.statistics]
+        if not measured:
+            logger.warning("%s: its balance layers did not run in calibration; left alone.", mapping.mapping)
+            return
+        statistics = measured[0]
+        found = search_scales(
+            [BalanceWeight(weight_matrix(m), state.schemes[n].weights, weight_matrix(m).dtype) for n, m in targeted.items()],
+            statistics.gram,
+            statistics.mean_magnitude,
+            channel_map=mapping.channel_map,
+            n_grid=self.n_grid,
+            duo_scaling=self.duo_scaling,
+        )
+        self._apply(state, mapping, found.scales)
+        state.mapping_records.append({
+            "smooth_layer": mapping.smooth_name,
+            "balance_layers": list(mapping.balance),
+            "source": mapping.source,
+            "proof": mapping.difference,
+            "ratio": found.ratio,
+            "duo": found.duo,
+            "error_before": found.error_before,
+            "error": found.error,
+        })  # fmt: skip
+
+    def _apply(self, state: State, mapping: ResolvedMapping, scales: Tensor) -> None:
+        """Move the scales over, and let the statistics follow."""
+        assert mapping.channel_map is not None, "proven before it is applied"  # noqa: S101
+        at_inputs = scales[mapping.channel_map.to(scales.device)]
+        at_outputs = torch.ones(out_channels(mapping.smooth) or 0, device=scales.device)
+        at_outputs[: len(scales)] = scales
+        divide_outputs(mapping.smooth, at_outputs)
+        for layer in mapping.balance.values():
+            multiply_inputs(layer, at_inputs)
+        shared = {id(s): s for s in (state.statistics.get(n) for n in mapping.balance) if s is not None}
+        for statistics in shared.values():
+            statistics.rescale(at_inputs)
+
+    def _mappings(self, model: nn.Module) -> tuple[str, list[AWQMapping]]:
+        if self.mappings is not None:
+            return "user", self.mappings
+        registered = registered_mappings(model)
+        if registered is None:
+            raise BitpressError(
+                f"no mappings are registered for {type(model).__name__}. State them: AWQModifier(mappings=[AWQMapping("
+                "smooth_layer, [balance_layer, ...]), ...]), or register_mappings for all models of the family."
+            )
+        return "registry", registered
+
+    def _resolve(self, mappings: list[AWQMapping], block: Block, source: str) -> list[ResolvedMapping]:
+        found = [resolved for mapping in mappings for resolved in resolve_mapping(mapping, block, source)]
+        return [m for m in found if any(self._considers(n, layer, block) for n, layer in m.balance.items())]
+
+    def _considers(self, name: str, layer: nn.Module, block: Block) -> bool:
+        stated = self.states_scheme or not {"targets", "ignore"} & self.model_fields_set
+        mine = stated or (is_match(name, layer, self.targets) and not is_match(name, layer, self.ignore))
+        return mine and name in block.layers
+
+    def _check_all_used(self, mappings: list[AWQMapping]) -> None:
+        used = {str(m.mapping) for found in self._resolved.values() for m in found}
+        for mapping in mappings:
+            if str(mapping) not in used:
+                raise BitpressError(
+                    f"{mapping} fits no block: its smooth layer and its quantized balance layers must be in one block, "
+                    "and the smooth layer must be a norm or a linear layer."
+                )
+
+    def _prove(self, state: State) -> None:
+        """Every mapping on every block that ran; where one fails, nothing has been changed yet."""
+        maps: dict[Any, Tensor] = {}
+        for block in state.blocks:
+            mappings = self._resolved[block.name]
+            if not block.calls or not mappings:
+                continue
+            claims = [Claim(m.smooth, list(m.balance.values()), maps.get(m.kind(block))) for m in mappings]
+            if all(claim.channel_map is not None for claim in claims):
+                # A kind of block that has been proven mapping by mapping: all at once is enough.
+                proof = prove_together(block, claims, state.seed)
+                if proof.holds:
+                    for mapping, claim in zip(mappings, claims, strict=True):
+                        mapping.channel_map, mapping.difference = claim.channel_map, proof.difference
+                    continue
+            for mapping, claim in zip(mappings, claims, strict=True):
+                proof = prove(block, claim, state.seed)
+                if not proof.holds:
+                    raise BitpressError(_refutation(mapping, block, proof))
+                mapping.channel_map, mapping.difference = proof.channel_map, proof.difference
+                maps[mapping.kind(block)] = proof.channel_map  # type: ignore[assignment]
+
+    def _check_agreement(self, weights: QuantizationArgs, where: str) -> None:
+        stated = {"bits": self.bits, "symmetric": self.symmetric, "group_size": self.group_size}
+        scheme = {
+            "bits": weights.num_bits,
+            "symmetric": weights.symmetric,
+            "group_size": weights.group_size or -1,
+        }
+        for field, value in stated.items():
+            if value is not None and value != scheme[field]:
+                raise BitpressError(
+                    f"AWQModifier states {field}={value}, but the scheme of {where} has {field}={scheme[field]}. "
+                    "State it in one of them only, or make them agree."
+                )
+
+
+def _refutation(mapping: ResolvedMapping, block: Block, proof: Proof) -> str:
+    return (
+        f"{mapping.mapping} ({mapping.source}) is not valid in {block.label}: with random scales moved from "
+        f"{', '.join(mapping.balance)} to {mapping.smooth_name} the block's output moves by {proof.difference:.2g} of "
+        f"what the scales alone do (rounding explains {proof.tolerance:.2g}). Remove or correct the mapping."
+    )

@@ -1,0 +1,88 @@
+"""The base of all modifiers: fields that are checked, and the events that a modifier may answer."""
+
+import difflib
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from bitpress.errors import BitpressError
+from bitpress.models.blocks import Block
+from bitpress.modifiers.state import State
+from bitpress.quantization import QuantizationScheme
+from bitpress.statistics import Statistic
+
+
+class FieldError(BitpressError):
+    """A modifier's field that is unknown or has a value it cannot have."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Modifier(BaseModel):
+    """One step of a recipe.
+
+    A subclass states its fields as pydantic does and answers the events it cares for. It is known to recipes by its
+    class name as soon as it is defined.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    known: ClassVar[dict[str, type["Modifier"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        Modifier.known[cls.__name__] = cls
+
+    def __init__(self, **fields: Any) -> None:
+        """Check the fields; an unknown name or a wrong value is a BitpressError that says which."""
+        for name in fields:
+            if name not in type(self).model_fields:
+                message = f"{type(self).__name__} has no field {name!r}{nearest(name, list(type(self).model_fields))}"
+                raise FieldError(message, name)
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            field = str(next(iter(error.errors()[0]["loc"]), ""))
+            raise FieldError(f"{type(self).__name__}: {problems}", field) from error
+
+    @property
+    def states_scheme(self) -> bool:
+        """True if this modifier says which layers are quantized, and how."""
+        return False
+
+    @property
+    def may_state_scheme(self) -> bool:
+        """True if it can say so where no other modifier of the recipe does."""
+        return self.states_scheme
+
+    def resolve_schemes(self, model: nn.Module) -> dict[str, QuantizationScheme]:
+        """The layers that this modifier would quantize, by name, with their schemes; none by default.
+
+        Raises:
+            BitpressError: a target that matches nothing, a scheme that does not fit a layer.
+        """
+        return {}
+
+    def on_initialize(self, state: State) -> None:
+        """Before any computing: schemes and blocks are known, the dry run has been made. Refuse here what is wrong."""
+
+    def required_statistics(self, state: State, name: str) -> Statistic:
+        """What the calibration must remember of the input of layer ``name``."""
+        return Statistic.NONE
+
+    def on_block(self, state: State, block: Block) -> None:
+        """Solve one block: ``state.statistics`` is filled; write the new weights to the block's layers."""
+
+    def on_finalize(self, state: State) -> None:
+        """After the last block."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message: the known name that is most like ``name``, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f". Known: {', '.join(sorted(known))}."

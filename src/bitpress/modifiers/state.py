@@ -1,0 +1,59 @@
+"""What the modifiers of a recipe and the pipeline that drives them share."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from bitpress.models.blocks import Block
+from bitpress.quantization import QuantizationScheme, QuantizedWeight
+from bitpress.statistics import InputStatistics
+
+
+class Stopwatch:
+    """Seconds spent in each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The time inside the ``with`` is added to the phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class State:
+    """One compression: the model, what is targeted, and what is known of the block that is being solved.
+
+    Attributes:
+        model: the model; its parameters hold the new values of the current block only, until all is done.
+        schemes: the scheme of every layer that will be quantized, by the layer's name.
+        owners: the modifier that quantizes each of these layers.
+        blocks: the parts that are solved one after the other.
+        statistics: of the current block's layers; a layer that did not run, or whose modifiers ask for nothing, is
+            absent. Layers that share their input share the object.
+        quantized: the current block's layers that have been quantized.
+        layer_records: a dictionary of figures per quantized layer, for the report.
+        mapping_records: a dictionary of figures per smoothed mapping, for the report.
+        watch: the seconds spent in each phase.
+        seed: of everything random.
+    """
+
+    model: nn.Module
+    schemes: dict[str, QuantizationScheme]
+    owners: dict[str, Any]
+    blocks: list[Block]
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mapping_records: list[dict[str, Any]] = field(default_factory=list)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    seed: int = 42

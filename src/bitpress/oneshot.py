@@ -1,0 +1,138 @@
+"""oneshot: compress a model by a recipe, in one call."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitpress.checkpoints import bind_save_pretrained, check_destination, save
+from bitpress.checkpoints.saving import Companions
+from bitpress.errors import BitpressError
+from bitpress.pipelines.data import CalibrationData, prepare
+from bitpress.report.progress import progress_display
+from bitpress.report.summary import summarize
+from bitpress.session import Recipe, Session
+from bitpress.session.recipe import RecipeLike
+
+logger = logging.getLogger(__name__)
+
+
+def oneshot(
+    model: nn.Module | str | os.PathLike[str],
+    dataset: Any = None,
+    recipe: RecipeLike | None = None,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    num_calibration_samples: int = 512,
+    max_seq_length: int | None = None,
+    batch_size: int = 1,
+    text_column: str = "text",
+    splits: Any = None,
+    shuffle_calibration_samples: bool = True,
+    concatenate_data: bool = False,
+    seed: int = 42,
+    pipeline: str | None = None,
+    sequential_targets: Sequence[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    save_compressed: bool = True,
+    overwrite: bool = False,
+    trust_remote_code_model: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Compress a model by a recipe.
+
+    Everything is checked before anything is computed, and the model is changed only when all is solved: an error, or
+    a keyboard interrupt, leaves it as it was.
+
+    Args:
+        model: a module, changed in place; or the path or hub id of a transformers causal language model.
+        dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a
+            hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
+            takes. Not needed by recipes without statistics.
+        recipe: modifiers in order, a YAML file or text, or the name of a shipped recipe.
+        tokenizer: for text; taken from ``model`` where that is a path. Saved beside the model.
+        processor: of a multimodal model; its tokenizer is used for text. Saved beside the model.
+        num_calibration_samples: sequences (rows) that are used at most.
+        max_seq_length: tokens per sequence at most; by default the tokenizer's limit, or 2048.
+        batch_size: sequences that run together. 1 needs no padding; padding is left out of all statistics.
+        text_column: of the dataset.
+        splits: of the dataset, as ``datasets.load_dataset`` names them.
+        shuffle_calibration_samples: draw the samples at random, by ``seed``, instead of from the start.
+        concatenate_data: join the texts and cut them to full sequences of ``max_seq_length``.
+        seed: of everything random.
+        pipeline: "sequential", "basic" or "datafree"; by default what the recipe and the model need.
+        sequential_targets: names, class names or ``re:`` patterns of the blocks; by default they are found.
+        output_dir: save there, with the recipe and the tokenizer.
+        save_compressed: packed weights in ``output_dir``; False writes dense ones.
+        overwrite: replace a model that is in ``output_dir``.
+        trust_remote_code_model: let transformers run code that comes with a checkpoint.
+        progress: show it in the terminal; by default if there is one.
+
+    Returns:
+        The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint.
+
+    Raises:
+        BitpressError: what is wrong, where, and the way out; nothing has been changed or written.
+    """
+    if recipe is None:
+        raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
+    steps = Recipe.of(recipe)
+    if output_dir is not None:
+        check_destination(output_dir, overwrite=overwrite)
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or processor or _load_tokenizer(model, trust_remote_code_model)
+        model = _load_model(model, trust_remote_code_model)
+    session = Session(model, steps, pipeline=pipeline, sequential_targets=sequential_targets, seed=seed)
+    session.check()
+    data: CalibrationData | None = None
+    if dataset is not None:
+        data = prepare(
+            dataset,
+            tokenizer=tokenizer if tokenizer is not None else getattr(processor, "tokenizer", processor),
+            num_calibration_samples=num_calibration_samples,
+            max_seq_length=max_seq_length,
+            batch_size=batch_size,
+            text_column=text_column,
+            splits=splits,
+            shuffle_calibration_samples=shuffle_calibration_samples,
+            seed=seed,
+            concatenate_data=concatenate_data,
+            model=model,
+        )
+    session.initialize(data)
+    with progress_display(len(session.state.blocks), show=progress) as on_progress:
+        session.run(on_progress)
+    session.finalize()
+    report = summarize(session, data)
+    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report))
+    if output_dir is not None:
+        save(model, output_dir, save_compressed=save_compressed, overwrite=overwrite)
+    return model
+
+
+def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            os.fspath(source), dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
+    return model
+
+
+def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        logger.info("%s has no tokenizer: %s", Path(os.fspath(source)).name, error)
+        return None
+
+

@@ -1,0 +1,32 @@
+"""All of the model at once: for models without blocks, or by choice.
+
+Every layer is solved from what the unquantized model feeds it; nothing is run a second time.
+"""
+
+from collections.abc import Sequence
+
+from bitpress.checkpoints.changes import Changes
+from bitpress.modifiers import Modifier, State
+from bitpress.pipelines.data import CalibrationData
+from bitpress.pipelines.solving import OnProgress, Progress, make_collector, solve
+
+
+def run_basic(
+    state: State, modifiers: Sequence[Modifier], data: CalibrationData, on_progress: OnProgress
+) -> Changes:
+    """Run every batch through the model, then solve block after block."""
+    layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
+    collector = make_collector(state, modifiers, layers)
+    with collector.watching(), state.watch.phase("calibrate"):
+        for index, batch in enumerate(data.batches):
+            on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
+            with collector.batch(index, batch.mask()):
+                state.model(*batch.args, **batch.kwargs)
+    changes = Changes()
+    for index, block in enumerate(state.blocks):
+        on_progress(Progress(index, len(state.blocks), block.label, "solve"))
+        statistics = {name: s for name, s in collector.statistics.items() if name in block.layers}
+        state.quantized = {}
+        with changes.of(block, state.quantized), state.watch.phase("solve"):
+            solve(state, modifiers, block, statistics)
+    return changes

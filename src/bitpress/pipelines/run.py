@@ -1,0 +1,78 @@
+"""Choosing a pipeline, the dry run, and running it."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from bitpress.checkpoints.changes import Changes
+from bitpress.errors import BitpressError
+from bitpress.modifiers import Modifier, State
+from bitpress.modifiers.base import nearest
+from bitpress.pipelines.basic import run_basic
+from bitpress.pipelines.data import Batch, CalibrationData
+from bitpress.pipelines.datafree import run_datafree
+from bitpress.pipelines.paused import PausedForward, PausePoints
+from bitpress.pipelines.sequential import run_sequential
+from bitpress.pipelines.solving import Progress
+
+logger = logging.getLogger(__name__)
+
+PIPELINES = ("sequential", "basic", "datafree")
+
+
+def infer_pipeline(named: str | None, state: State, modifiers: Sequence[Modifier], *, has_data: bool) -> str:
+    """The pipeline that the user named, or the one that the recipe and the model need.
+
+    Raises:
+        BitpressError: an unknown name, or statistics are needed and there is no data.
+    """
+    if named is not None and named not in PIPELINES:
+        raise BitpressError(f"pipeline {named!r} is not known{nearest(named, list(PIPELINES))}")
+    asking = [type(m).__name__ for m in modifiers if any(m.required_statistics(state, n) for n in state.schemes)]
+    if asking and (named == "datafree" or not has_data):
+        why = "the datafree pipeline has none" if has_data else "no dataset was given"
+        raise BitpressError(f"{asking[0]} needs calibration data, but {why}: give oneshot a dataset.")
+    if named is not None:
+        return named
+    if not asking:
+        return "datafree"
+    return "sequential" if len(state.blocks) > 1 else "basic"
+
+
+def dry_run(state: State, probe: Batch) -> list[str]:
+    """Run one small batch, and record every call of every block in ``block.calls``.
+
+    Returns:
+        The names of the blocks in the order of their calls; a block that is called twice is there twice.
+    """
+    points = PausePoints(state.blocks)
+    order: list[str] = []
+    with points.installed():
+        forward = PausedForward(state.model, probe.args, probe.kwargs)
+        forward.resume()
+        while forward.at is not None and forward.call is not None:
+            block, call = forward.at, forward.call
+            block.calls.append(call)
+            order.append(block.name)
+            forward.resume(points.run(block, call))
+    for block in state.blocks:
+        if not block.calls:
+            logger.warning("%s is not run by the model's forward: its layers are quantized without data.", block.label)
+    return order
+
+
+def run(
+    pipeline: str,
+    state: State,
+    modifiers: Sequence[Modifier],
+    data: CalibrationData | None,
+    order: Sequence[str],
+    on_progress: Callable[[Progress], None],
+) -> Changes:
+    """Solve all blocks. The model is as it was afterwards; the changes are returned."""
+    if pipeline == "datafree":
+        return run_datafree(state, modifiers, on_progress)
+    if data is None:
+        raise BitpressError(f"the {pipeline} pipeline needs a dataset.")
+    if pipeline == "basic":
+        return run_basic(state, modifiers, data, on_progress)
+    return run_sequential(state, modifiers, data, order, on_progress)

@@ -1,0 +1,120 @@
+"""Block after block, with every calibration batch's forward paused at the same place.
+
+At block k the scheduler holds the inputs of all batches. It runs the block on them and collects statistics, lets the
+modifiers solve, runs the block again with the new weights and hands each paused forward its output, so that the next
+block sees what the compressed model will feed it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bitpress.checkpoints.changes import Changes
+from bitpress.models.blocks import Block
+from bitpress.modifiers import Modifier, State
+from bitpress.pipelines.data import CalibrationData
+from bitpress.pipelines.paused import PausedForward, PausePoints
+from bitpress.pipelines.solving import OnProgress, Progress, make_collector, solve
+from bitpress.statistics import InputCollector
+
+
+def run_sequential(
+    state: State,
+    modifiers: Sequence[Modifier],
+    data: CalibrationData,
+    order: Sequence[str],
+    on_progress: OnProgress,
+) -> Changes:
+    """Solve the blocks in the order of their last calls; ``order`` is that of all calls in the dry run."""
+    points = PausePoints(state.blocks)
+    with points.installed():
+        forwards = [PausedForward(state.model, batch.args, batch.kwargs) for batch in data.batches]
+        schedule = _Schedule(state, modifiers, points, forwards, [b.mask() for b in data.batches], on_progress)
+        try:
+            schedule.run(order)
+        finally:
+            for forward in forwards:
+                forward.stop()
+    return schedule.changes
+
+
+class _Schedule:
+    """The paused forwards of all batches, and what has been solved so far."""
+
+    def __init__(
+        self,
+        state: State,
+        modifiers: Sequence[Modifier],
+        points: PausePoints,
+        forwards: Sequence[PausedForward],
+        masks: Sequence[Tensor | None],
+        on_progress: OnProgress,
+    ) -> None:
+        self.state, self.modifiers, self.points = state, modifiers, points
+        self.forwards, self.masks = forwards, masks
+        self.on_progress = on_progress
+        self.changes = Changes()
+        self.done = 0
+
+    def run(self, order: Sequence[str]) -> None:
+        blocks = {block.name: block for block in self.state.blocks}
+        left = Counter(order)
+        collectors = {
+            name: make_collector(self.state, self.modifiers, blocks[name].layers) for name in dict.fromkeys(order)
+        }
+        with self.state.watch.phase("propagate"):
+            for forward in self.forwards:
+                forward.resume()
+        for position, name in enumerate(order):
+            left[name] -= 1
+            block, collector = blocks[name], collectors[name]
+            if left[name]:
+                self._calibrate(block, collector, go_on=True)
+            else:
+                self._finish(block, collectors.pop(name), last=position == len(order) - 1)
+        for block in self.state.blocks:
+            if block.name not in left:
+                self._solve(block, make_collector(self.state, self.modifiers, {}))
+
+    def _at(self, block: Block) -> list[int]:
+        """Batches whose forward waits for this block; one that takes another way through the model waits elsewhere."""
+        return [i for i, forward in enumerate(self.forwards) if forward.at is block]
+
+    def _calibrate(self, block: Block, collector: InputCollector, *, go_on: bool) -> None:
+        """Run the block with its old weights; ``go_on`` if these outputs are what the forwards get."""
+        self._say(block, "calibrate")
+        with collector.watching(), self.state.watch.phase("calibrate"):
+            for index in self._at(block):
+                forward = self.forwards[index]
+                with collector.batch(index, self.masks[index]):
+                    output = self.points.run(block, forward.call)
+                if go_on:
+                    forward.resume(output)
+                del output
+
+    def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
+        """The block's last call: solve it, and go on with its new weights."""
+        if collector.wants_any:
+            self._calibrate(block, collector, go_on=False)
+        self._solve(block, collector, propagate=not last)
+
+    def _solve(self, block: Block, collector: InputCollector, *, propagate: bool = False) -> None:
+        self._say(block, "solve")
+        self.state.quantized = {}
+        with self.changes.of(block, self.state.quantized):
+            with self.state.watch.phase("solve"):
+                solve(self.state, self.modifiers, block, collector.statistics)
+            if propagate:
+                self._propagate(block)
+        self.done += 1
+
+    def _propagate(self, block: Block) -> None:
+        self._say(block, "propagate")
+        with self.state.watch.phase("propagate"):
+            for index in self._at(block):
+                forward = self.forwards[index]
+                forward.resume(self.points.run(block, forward.call))
+
+    def _say(self, block: Block, phase: str) -> None:
+        self.on_progress(Progress(self.done, len(self.state.blocks), block.label, phase))

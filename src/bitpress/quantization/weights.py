@@ -1,0 +1,102 @@
+"""A quantized weight, loose (one integer a byte) and packed (as it is stored)."""
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+
+from bitpress.quantization.grid import dequantize, quantize
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integers with the grid they live on.
+
+    Attributes:
+        values: (out, in), int8.
+        scale: the stored dtype; (1,), (out, 1) or (out, groups).
+        zero_point: int8, of ``scale``'s shape; all zero on a symmetric grid.
+        args: the scheme of the weight.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    args: QuantizationArgs
+
+    def dequantize(self) -> Tensor:
+        """The weight as every reader of the checkpoint computes it: (out, in) in ``scale``'s dtype."""
+        return dequantize(self.values, self.scale, self._offset(), self.args)
+
+    def pack(self) -> "PackedWeight":
+        """The same weight in ``num_bits`` bits a value."""
+        packed = pack_to_int32(self.values, self.args.num_bits)
+        return PackedWeight(packed, tuple(self.values.shape), self.scale, self.zero_point, self.args)
+
+    def _offset(self) -> Tensor | None:
+        return None if self.args.symmetric else self.zero_point
+
+    @classmethod
+    def on_grid(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> "QuantizedWeight":
+        """Round ``weight`` (out, in) to a given grid, in float32 whatever its dtype."""
+        offset = None if args.symmetric else zero_point
+        return cls(quantize(weight.float(), scale.float(), offset, args), scale, zero_point, args)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a checkpoint stores of a quantized weight, in the layout of the installed compressed-tensors.
+
+    Attributes:
+        packed: (out, ceil(in * num_bits / 32)), int32 (3, 5, 6 and 7 bits: as the installed version packs them).
+        shape: (out, in).
+        scale: see :class:`QuantizedWeight`.
+        zero_point: see :class:`QuantizedWeight`; not packed here.
+        args: the scheme of the weight.
+    """
+
+    packed: Tensor
+    shape: tuple[int, int]
+    scale: Tensor
+    zero_point: Tensor
+    args: QuantizationArgs
+
+    def unpack(self) -> QuantizedWeight:
+        """The integers again, one a byte."""
+        values = unpack_from_int32(self.packed, self.args.num_bits, torch.Size(self.shape))
+        return QuantizedWeight(values.contiguous(), self.scale, self.zero_point, self.args)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the ``pack-quantized`` format, by the names they have behind the layer's."""
+        stored = {
+            "weight_packed": self.packed,
+            "weight_scale": self.scale,
+            "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
+        }
+        if not self.args.symmetric:
+            stored["weight_zero_point"] = self._stored_zero_point()
+        return stored
+
+    def nbytes(self) -> int:
+        """Bytes of :meth:`tensors` in a checkpoint."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def _stored_zero_point(self) -> Tensor:
+        if self.args.strategy == QuantizationStrategy.TENSOR:
+            return self.zero_point
+        return pack_to_int32(self.zero_point, self.args.num_bits, packed_dim=0).contiguous()
+
+    @classmethod
+    def from_tensors(cls, stored: dict[str, Tensor], args: QuantizationArgs) -> "PackedWeight":
+        """Read what :meth:`tensors` wrote."""
+        scale = stored["weight_scale"]
+        rows, columns = (int(n) for n in stored["weight_shape"])
+        zero_point = stored.get("weight_zero_point")
+        if zero_point is None:
+            zero_point = torch.zeros_like(scale, dtype=torch.int8)
+        elif args.strategy != QuantizationStrategy.TENSOR:
+            shape = torch.Size((rows, scale.shape[-1]))
+            zero_point = unpack_from_int32(zero_point, args.num_bits, shape, packed_dim=0).contiguous()
+        return cls(stored["weight_packed"], (rows, columns), scale, zero_point, args)

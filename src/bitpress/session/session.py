@@ -1,0 +1,135 @@
+"""Session: a recipe meets a model and its data; everything is checked before anything is computed."""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpress.checkpoints import attach, is_quantized
+from bitpress.errors import BitpressError
+from bitpress.models.blocks import find_blocks
+from bitpress.modifiers import State
+from bitpress.modifiers.quantization import resolve_all
+from bitpress.pipelines import dry_run, infer_pipeline, run
+from bitpress.pipelines.data import Batch, CalibrationData
+from bitpress.pipelines.solving import Progress
+from bitpress.session.recipe import Recipe, RecipeLike
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One compression of one model.
+
+    ``initialize`` checks everything and makes a dry run, ``run`` solves, ``finalize`` changes the model. Until
+    ``finalize`` the model is as it was, whatever happens.
+
+    Attributes:
+        state: what the modifiers share; filled by ``initialize``.
+    """
+
+    state: State
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: RecipeLike,
+        *,
+        pipeline: str | None = None,
+        sequential_targets: Sequence[str] | None = None,
+        seed: int = 42,
+    ) -> None:
+        self.model = model
+        self.recipe = Recipe.of(recipe)
+        self.pipeline = pipeline
+        self._named_pipeline = pipeline
+        self._sequential_targets = sequential_targets
+        self._seed = seed
+        self._data: CalibrationData | None = None
+        self._order: list[str] = []
+
+    def check(self) -> None:
+        """What can be refused before any data is read: the model, targets, schemes, shapes, blocks.
+
+        Raises:
+            BitpressError: names the layer or field, and the way out.
+        """
+        why = is_quantized(self.model)
+        if why:
+            raise BitpressError(f"the model is quantized already ({why}): start from the original weights.")
+        modifiers = list(self.recipe.modifiers)
+        schemes, owners = resolve_all(modifiers, self.model)
+        layers = {name: self.model.get_submodule(name) for name in schemes}
+        blocks = find_blocks(self.model, layers, self._sequential_targets)
+        self.state = State(self.model, schemes, owners, blocks, seed=self._seed)
+
+    def initialize(self, data: CalibrationData | None) -> None:
+        """Make the dry run, prove the mappings, choose the pipeline.
+
+        Raises:
+            BitpressError: a mapping that does not hold, statistics that no data is there for.
+        """
+        if data is not None:
+            self._data = CalibrationData(
+                [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
+            )
+            with calibrating(self.model), self.state.watch.phase("dry run"):
+                self._order = dry_run(self.state, self._prepared(data.probe()))
+        with calibrating(self.model), self.state.watch.phase("proofs"):
+            for modifier in self.recipe.modifiers:
+                modifier.on_initialize(self.state)
+        for block in self.state.blocks:
+            block.calls.clear()
+        self.pipeline = infer_pipeline(
+            self._named_pipeline, self.state, self.recipe.modifiers, has_data=data is not None
+        )
+
+    def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
+        """Solve everything. The model is as it was afterwards."""
+        assert self.pipeline is not None  # noqa: S101
+        with calibrating(self.model):
+            self._changes = run(
+                self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress
+            )
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """Write the new weights to the model, and to every quantized layer its scheme."""
+        self._changes.commit(self.model)
+        for name, packed in self._changes.packed.items():
+            attach(self.model.get_submodule(name), self.state.schemes[name], packed)
+        for modifier in self.recipe.modifiers:
+            modifier.on_finalize(self.state)
+        self.stored_bytes = {name: packed.nbytes() for name, packed in self._changes.packed.items()}
+        del self._changes
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """On the model's device, and without a cache: a block is run more than once."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        batch = batch.to(device)
+        if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch.kwargs:
+            return Batch(batch.args, {**batch.kwargs, "use_cache": False})
+        return batch
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the ``with``; each module's own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def parameters_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and persistent buffers, shared ones once."""
+    tensors: dict[int, Any] = {t.data_ptr(): t for t in model.state_dict().values() if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,7 @@
+"""The algorithms, as pure functions of weights, statistics and schemes. No modules, no models."""
+
+from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
+from bitpress.solvers.objective import output_error
+from bitpress.solvers.ranges import check_finite, round_to_nearest
+
+__all__ = ["AWQ", "BalanceWeight", "check_finite", "output_error", "round_to_nearest", "search_scales"]

@@ -1,0 +1,180 @@
+"""AWQ: activation-aware scales for the channels that quantization must not hurt.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (2023),
+https://arxiv.org/abs/2306.00978, equations 4 and 5: find s that minimizes ``||Q(W diag(s)) (diag(s)^-1 X) - W X||``
+over the one-parameter family ``s = s_X^r``; ``duo_scaling`` is the reference code's ``s_X^r / s_W^(1-r)``.
+
+The error is taken from the Gram matrix ``H = X^T X`` as ``trace(dW H dW^T)`` with ``dW = Q(W s) / s - W``, so that a
+candidate costs two matrix products with the weight and none with the activations. Most candidates are plainly bad on
+a sample of the rows already, so the rows are dealt in rounds: all candidates on the first sixteenth, the best few on
+the next three, the last two on all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+
+from bitpress.quantization.grid import fake_quantize, group_view
+from bitpress.solvers.ranges import minmax_parameters
+
+# (stop, keep): after the rows i with i % DEAL < stop, only the best `keep` candidates go on.
+DEAL = 16
+ROUNDS = ((1, 5), (4, 2), (DEAL, 1))
+# A sixteenth of a small layer says too little: rows that the first round sees at least.
+LEAST_ROWS = 32
+# Elements of the weights of all candidates that are scored at once.
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class BalanceWeight:
+    """A weight whose input channels are multiplied by the scales.
+
+    Attributes:
+        weight: (out, in), any float dtype.
+        args: the scheme it will be quantized with.
+        dtype: what its quantization scales are stored in.
+    """
+
+    weight: Tensor
+    args: QuantizationArgs
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """The scales that won.
+
+    Attributes:
+        scales: (channels,), float32, > 0; all ones where nothing beats leaving the layer alone.
+        ratio: the exponent r, or None for all ones.
+        duo: whether the weight's magnitude had its share.
+        error: squared output error of the quantized layers with the scales.
+        error_before: the same without.
+    """
+
+    scales: Tensor
+    ratio: float | None
+    duo: bool
+    error: float
+    error_before: float
+
+
+def search_scales(
+    layers: Sequence[BalanceWeight],
+    gram: Tensor,
+    mean_magnitude: Tensor,
+    *,
+    channel_map: Tensor | None = None,
+    n_grid: int = 20,
+    duo_scaling: bool | Literal["both"] = True,
+) -> AWQ:
+    """The scales of AWQ's family with the least squared error at the outputs of ``layers``.
+
+    Args:
+        layers: weights (out_i, in) that share their input.
+        gram: (in, in), float32, ``H`` of that input.
+        mean_magnitude: (in,), float32, its mean magnitude.
+        channel_map: (in,), int64: the channel of the producer that feeds each input, where several inputs share one
+            (grouped-query attention); None if each has its own.
+        n_grid: exponents that are tried, from 0 to 1 - 1/n_grid.
+        duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
+    """
+    weights = [layer.weight.float() for layer in layers]
+    if channel_map is None:
+        channel_map = torch.arange(gram.shape[0], device=gram.device)
+    magnitude = _pool(mean_magnitude, channel_map)
+    weight_magnitude = _pool(_weight_magnitude(weights, layers), channel_map)
+    ratios, duos, scales = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
+    best, errors = _race(layers, weights, gram, scales[:, channel_map])
+    return AWQ(scales[best], ratios[best], duos[best], errors[best], errors[0])
+
+
+def candidate_scales(
+    magnitude: Tensor, weight_magnitude: Tensor, n_grid: int, duo_scaling: bool | Literal["both"]
+) -> tuple[list[float | None], list[bool], Tensor]:
+    """Exponents, whether duo, and scales (candidates, channels). The first candidate leaves the layers alone."""
+    exponents = [i / n_grid for i in range(n_grid)]
+    ratios: list[float | None] = [None]
+    duos = [False]
+    scales = [torch.ones_like(magnitude)]
+    for duo in (False, True) if duo_scaling == "both" else (bool(duo_scaling),):
+        for ratio in exponents:
+            s = magnitude.pow(ratio)
+            if duo:
+                s = s / (weight_magnitude.pow(1 - ratio) + 1e-4)
+            s = s.clamp_(min=1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            # A channel that is never active, or a weight that is all zero, gives no usable scale.
+            scales.append(torch.where(s.isfinite() & (s > 0), s, 1.0))
+            ratios.append(ratio)
+            duos.append(duo)
+    return ratios, duos, torch.stack(scales)
+
+
+def _pool(per_input: Tensor, channel_map: Tensor) -> Tensor:
+    """The mean over the inputs that one producer channel feeds; 1 for a channel that feeds none."""
+    channels = int(channel_map.max()) + 1
+    total = torch.zeros(channels, dtype=per_input.dtype, device=per_input.device).index_add_(0, channel_map, per_input)
+    count = torch.bincount(channel_map, minlength=channels)
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
+def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]) -> Tensor:
+    """Mean over all rows of abs(W) relative to the greatest of its group: (in,), in [0, 1]."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    rows = 0
+    for weight, layer in zip(weights, layers, strict=True):
+        view = group_view(weight.abs(), layer.args)
+        relative = view / view.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        total += relative.flatten(1).sum(0)
+        rows += weight.shape[0]
+    return total / rows
+
+
+def _race(
+    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
+) -> tuple[int, dict[int, float]]:
+    """The index of the best of ``scales`` (candidates, in), and the full errors of it and of candidate 0."""
+    least = min(weight.shape[0] for weight in weights)
+    deal = max(1, min(DEAL, least // LEAST_ROWS))
+    # Every deal-th row first, so that each round is a slice of rows from all over the weight.
+    dealt = [torch.cat([weight[i::deal] for i in range(deal)]) for weight in weights]
+    alive = list(range(len(scales)))
+    errors = torch.zeros(len(scales), dtype=torch.float64)
+    seen = 0
+    for stop, keep in ROUNDS:
+        stop = -(-stop * deal // DEAL)
+        for layer, weight in zip(layers, dealt, strict=True):
+            rows = slice(weight.shape[0] * seen // deal, weight.shape[0] * stop // deal)
+            errors[alive] += _errors(layer, weight, rows, gram, scales[alive]).cpu().double()
+        seen = stop
+        ranked = sorted(alive, key=lambda i: float(errors[i]))
+        # Leaving the layers alone stays in the race to the end: it is what the winner is measured against.
+        alive = sorted({0, *ranked[:keep]})
+    best = min(alive, key=lambda i: float(errors[i]))
+    return best, {i: float(errors[i]) for i in alive}
+
+
+def _errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
+    """``trace(dW H dW^T)`` over some rows of one layer, for each of ``scales`` (candidates, in): (candidates,)."""
+    part = weight[rows]
+    found = []
+    for chosen in scales.split(max(1, CHUNK // max(1, part.numel()))):
+        delta = torch.stack([_delta(layer, weight, part, s) for s in chosen])
+        product = delta.flatten(0, 1) @ gram
+        found.append(torch.linalg.vecdot(product.view_as(delta).flatten(1), delta.flatten(1)))
+    return torch.cat(found)
+
+
+def _delta(layer: BalanceWeight, weight: Tensor, part: Tensor, s: Tensor) -> Tensor:
+    """``Q(W s) / s - W`` of the rows ``part`` of ``weight``."""
+    scaled = part * s
+    whole = weight * s if layer.args.strategy == QuantizationStrategy.TENSOR else scaled
+    scale, zero_point = minmax_parameters(whole, layer.args, layer.dtype)
+    offset = None if layer.args.symmetric else zero_point
+    return fake_quantize(scaled, scale.float(), offset, layer.args, out=scaled).div_(s).sub_(part)

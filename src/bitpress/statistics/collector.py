@@ -1,0 +1,119 @@
+"""Collecting statistics while a block runs: once for each distinct input tensor."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitpress.errors import BitpressError
+from bitpress.statistics.inputs import InputStatistics, Statistic
+
+logger = logging.getLogger(__name__)
+
+
+class InputCollector:
+    """Watches the inputs of layers while it is entered.
+
+    Layers that receive the same tensor (q, k and v) share one :class:`InputStatistics`: the first that runs collects.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], features: Mapping[str, int], wanted: Mapping[str, Statistic]):
+        self._layers = {name: layer for name, layer in layers.items() if wanted[name]}
+        self._features = features
+        self._wanted = wanted
+        self._statistics: dict[str, InputStatistics] = {}
+        self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        self._batch: int | str = 0
+        self._mask: Tensor | None = None
+
+    @property
+    def statistics(self) -> dict[str, InputStatistics]:
+        """What was collected, by layer; layers that shared their input share the object. Layers never run are absent."""
+        return self._statistics
+
+    @property
+    def wants_any(self) -> bool:
+        """False if no layer has anything to be collected."""
+        return bool(self._layers)
+
+    @contextmanager
+    def watching(self) -> Iterator["InputCollector"]:
+        """Hooks are on the layers inside the ``with``, and gone after it."""
+        handles = [
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self._layers.items()
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    @contextmanager
+    def batch(self, index: int | str, mask: Tensor | None = None) -> Iterator[None]:
+        """One run of the block. ``mask`` (rows, positions), bool, says which positions are not padding."""
+        self._batch, self._mask = index, mask
+        self._seen.clear()
+        try:
+            yield
+        finally:
+            self._seen.clear()
+
+    def _hook(self, name: str) -> Any:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._observe(name, x)
+
+        return observe
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, _version(x), self._wanted[name])
+        leader = self._seen.get(key, (None, None))[0]
+        if leader is not None and self._follows(name, leader):
+            return
+        # The tensor is kept so that its address is not given to another one while the block runs.
+        self._seen.setdefault(key, (name, x))
+        statistics = self._statistics.get(name)
+        if statistics is None:
+            statistics = InputStatistics(self._features[name], self._wanted[name], x.device)
+        elif any(other is statistics for n, other in self._statistics.items() if n != name) and not self._leads(name):
+            # Shared its input until now: from here on it has statistics of its own.
+            logger.warning("%s no longer shares its input with the layers it shared it with before.", name)
+            statistics = statistics.clone()
+        self._statistics[name] = statistics
+        statistics.update(_without_padding(x, self._mask))
+        if not statistics.is_finite():
+            raise BitpressError(
+                f"the input of {name} holds NaN or infinite values in calibration batch {self._batch}. The model is "
+                "left as it was. Check the model's weights and that batch, or load the model in float32 or bfloat16."
+            )
+
+    def _follows(self, name: str, leader: str) -> bool:
+        """True if ``name`` shares (or, on its first run, now begins to share) the statistics of ``leader``."""
+        own = self._statistics.get(name)
+        if own is None:
+            self._statistics[name] = self._statistics[leader]
+            return True
+        return own is self._statistics[leader]
+
+    def _leads(self, name: str) -> bool:
+        """True if no layer that shares the statistics of ``name`` has collected into them in this run."""
+        own = self._statistics[name]
+        return not any(n != name and self._statistics[n] is own for n, _ in self._seen.values())
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    if x.dim() >= 3 and x.shape[:2] == mask.shape:
+        return x[mask.to(x.device)]
+    if x.dim() == 2 and x.shape[0] == mask.numel():
+        return x[mask.flatten().to(x.device)]
+    return x
+

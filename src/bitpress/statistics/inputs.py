@@ -1,0 +1,129 @@
+"""Sufficient statistics of a linear layer's input.
+
+For inputs X (rows x in) and a change dW of the weight, the squared error at the layer's output is
+``||X dW^T||^2 = trace(dW H dW^T)`` with the Gram matrix ``H = X^T X``: a solver that has H needs no activations.
+"""
+
+import enum
+
+import torch
+from torch import Tensor
+
+from bitpress.errors import BitpressError
+
+# Columns of a panel of the Gram product: wide enough for the matrix kernel, narrow enough to skip nearly half.
+PANEL = 256
+
+
+class Statistic(enum.Flag):
+    """What a modifier can ask the calibration to remember of a layer's input."""
+
+    NONE = 0
+    GRAM = enum.auto()
+    MEAN_MAGNITUDE = enum.auto()
+    MAX_MAGNITUDE = enum.auto()
+
+
+class InputStatistics:
+    """Running statistics of the inputs of one layer, or of several that share their input.
+
+    Attributes:
+        features: columns of the input.
+        wanted: which statistics are kept.
+        rows: how many input rows (tokens) were seen.
+    """
+
+    def __init__(self, features: int, wanted: Statistic, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self.wanted = wanted
+        self.rows = 0
+        self._upper = _zeros(wanted & Statistic.GRAM, (features, features), device)
+        self._sum = _zeros(wanted & Statistic.MEAN_MAGNITUDE, (features,), device)
+        self._max = _zeros(wanted & Statistic.MAX_MAGNITUDE, (features,), device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in the rows of ``x`` (..., in), any float dtype; sums are kept in float32."""
+        x = x.reshape(-1, self.features).float()
+        self.rows += x.shape[0]
+        if not x.shape[0]:
+            return
+        if self._upper is not None:
+            for start in range(0, self.features, PANEL):
+                stop = min(start + PANEL, self.features)
+                self._upper[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+        if self._sum is None and self._max is None:
+            return
+        magnitude = x.abs()
+        if self._sum is not None:
+            self._sum += magnitude.sum(0)
+        if self._max is not None:
+            torch.maximum(self._max, magnitude.amax(0), out=self._max)
+
+    def is_finite(self) -> bool:
+        """False once a NaN, an infinity or an overflow of a sum was taken in."""
+        kept = [t for t in (self._sum, self._max) if t is not None]
+        if not kept and self._upper is not None:
+            kept.append(self._upper.diagonal())
+        return all(bool(t.isfinite().all()) for t in kept)
+
+    @property
+    def gram(self) -> Tensor:
+        """``H = X^T X``, (in, in), float32, in squared units of the activation, summed over rows."""
+        upper = self._needed(self._upper, Statistic.GRAM)
+        # Only panels on and above the diagonal are summed; mirroring is cheap, and idempotent.
+        for start in range(0, self.features, PANEL):
+            stop = min(start + PANEL, self.features)
+            upper[stop:, start:stop] = upper[start:stop, stop:].T
+        return upper
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """mean(abs(X)) of each column: (in,), float32, in units of the activation."""
+        return self._needed(self._sum, Statistic.MEAN_MAGNITUDE) / max(1, self.rows)
+
+    @property
+    def max_magnitude(self) -> Tensor:
+        """max(abs(X)) of each column: (in,), float32, in units of the activation."""
+        return self._needed(self._max, Statistic.MAX_MAGNITUDE)
+
+    def rescale(self, scales: Tensor) -> None:
+        """Follow X to X / scales: ``H`` becomes ``D^-1 H D^-1``. ``scales`` is (in,), > 0."""
+        inverse = scales.float().reciprocal()
+        if self._upper is not None:
+            self._upper.mul_(inverse).mul_(inverse.unsqueeze(1))
+        if self._sum is not None:
+            self._sum.mul_(inverse)
+        if self._max is not None:
+            self._max.mul_(inverse)
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Take in what ``other`` saw: the result is that of one collection over both inputs."""
+        if (self.features, self.wanted) != (other.features, other.wanted):
+            raise BitpressError(
+                f"statistics of {self.features} columns ({self.wanted}) do not merge with "
+                f"those of {other.features} ({other.wanted})."
+            )
+        self.rows += other.rows
+        if self._upper is not None and other._upper is not None:
+            self._upper += other._upper
+        if self._sum is not None and other._sum is not None:
+            self._sum += other._sum
+        if self._max is not None and other._max is not None:
+            torch.maximum(self._max, other._max, out=self._max)
+
+    def clone(self) -> "InputStatistics":
+        """A copy that shares nothing."""
+        device = next((t.device for t in (self._upper, self._sum, self._max) if t is not None), "cpu")
+        copy = InputStatistics(self.features, self.wanted, device)
+        copy.merge(self)
+        return copy
+
+    def _needed(self, kept: Tensor | None, name: Statistic) -> Tensor:
+        if kept is None:
+            raise BitpressError(f"{name} was not collected: a modifier that uses it lists it in required_statistics.")
+        return kept
+
+
+def _zeros(wanted: Statistic, shape: tuple[int, ...], device: torch.device | str) -> Tensor | None:
+    return torch.zeros(shape, dtype=torch.float32, device=device) if wanted else None
