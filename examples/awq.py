@@ -27,25 +27,24 @@ wide = Console(highlight=False, width=200)  # for tables: each is as wide as it 
 
 
 class Data(NamedTuple):
-    """Inputs (rows, input_dim) and labels (rows,) to train on, and others that training never sees."""
-
-    x: Tensor
-    y: Tensor
-    held_out_x: Tensor
+    x: Tensor  # (rows, input_dim)
+    y: Tensor  # (rows,), the classes
+    held_out_x: Tensor  # of samples that neither training nor AWQ sees
     held_out_y: Tensor
 
 
 def main() -> None:
     options = parse_options()
     torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # so small a network gains nothing from more
     data = load_data(options)
     model = train(data, options)
     calibration = data.x[: options.calibration_samples]
 
     say(
         f"A network of {' -> '.join(map(str, [options.input_dim, *options.hidden_dims]))}, trained on {len(data.x)} "
-        f"samples ({options.data}), is quantized to {options.quantization_bits} bits with the help of "
-        f"{len(calibration)} of them. {len(data.held_out_x)} other samples test it."
+        f"samples ({options.data}) on the {options.device.upper()}, is quantized to {options.quantization_bits} bits. "
+        f"AWQ looks at {len(calibration)} of the samples. {len(data.held_out_x)} others test the result."
     )
     scheme = {"bits": options.quantization_bits, "symmetric": options.symmetric, "group_size": options.group_size}
     show_original(model)
@@ -57,23 +56,18 @@ def main() -> None:
     show_compression(model, quantized)
 
 
-# ------------------------------------------------------------------------------------------- the network and its data
-
-
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize a small network with AWQ and show each step.")
     parser.add_argument("--quantization-bits", type=int, default=4, help="2 to 8 (default: 4)")
     parser.add_argument("--symmetric", action="store_true", help="grids centred on 0, without zero points")
-    parser.add_argument(
-        "--group-size", type=int, help="inputs that share a scale, -1: a whole row (default: up to 64, if it divides)"
-    )
-    parser.add_argument("--input-dim", type=int, default=64)
-    parser.add_argument("--hidden-dims", type=int, nargs="+", default=[128, 256, 128, 10], help="the last: classes")
+    parser.add_argument("--group-size", type=int, help="inputs that share a scale, -1: all (default: 64 if it fits)")
+    parser.add_argument("--input-dim", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--hidden-dims", type=int, nargs="+", default=[128, 256, 128, 10], help="last: classes")
     parser.add_argument("--data", choices=["digits", "synthetic"], help="default: digits where 64 -> ... -> 10 fits")
-    parser.add_argument("--samples", type=int, default=1797, help="of the data set (default: 1797, all digits)")
-    parser.add_argument("--calibration-samples", type=int, default=256, help="that AWQ looks at (default: 256)")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1797, help="of the data set (default: 1797)")
+    parser.add_argument("--calibration-samples", type=int, default=512, help="that AWQ sees (default: 512)")
+    parser.add_argument("--epochs", type=int, default=30, help="of the training (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     options = parser.parse_args()
     shape = (options.input_dim, options.hidden_dims[-1])
@@ -86,7 +80,6 @@ def parse_options() -> argparse.Namespace:
 
 
 def load_data(options: argparse.Namespace) -> Data:
-    """Shuffled; a quarter is held out."""
     if options.data == "digits":
         pixels, labels = load_digits(return_X_y=True)
         x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
@@ -96,7 +89,7 @@ def load_data(options: argparse.Namespace) -> Data:
         x = (centres[y] + 2 * torch.randn(len(y), options.input_dim)) * torch.randn(options.input_dim).exp()
     order = torch.randperm(len(y))[: options.samples]
     x, y = x[order].to(options.device), y[order].to(options.device)
-    split = len(y) * 3 // 4
+    split = len(y) * 3 // 4  # the last quarter is held out
     return Data(x[:split], y[:split], x[split:], y[split:])
 
 
@@ -109,9 +102,6 @@ def train(data: Data, options: argparse.Namespace) -> SimpleNN:
             nn.functional.cross_entropy(model(data.x[rows]), data.y[rows]).backward()
             optimizer.step()
     return model.requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------- what happens to it
 
 
 def show_original(model: SimpleNN) -> None:
@@ -209,9 +199,6 @@ def show_compression(model: SimpleNN, quantized: QuantizedNN) -> None:
     table.add_section()
     table.add_row("all", *compared(total))
     wide.print(table)
-
-
-# ------------------------------------------------------------------------------------------------------------ printing
 
 
 def weights(model: SimpleNN) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from bitpress.session.recipe import RecipeLike
 logger = logging.getLogger(__name__)
 
 
-def oneshot(
+def oneshot(  # noqa: PLR0913
     model: nn.Module | str | os.PathLike[str],
     dataset: Any = None,
     recipe: RecipeLike | None = None,
@@ -115,7 +115,7 @@ def oneshot(
 
 
 def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -127,12 +127,10 @@ def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.M
 
 
 def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
         return AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         logger.info("%s has no tokenizer: %s", Path(os.fspath(source)).name, error)
         return None
-
-

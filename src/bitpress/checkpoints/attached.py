@@ -16,8 +16,8 @@ from bitpress.quantization import PackedWeight, QuantizationScheme, QuantizedWei
 def attach(module: nn.Module, scheme: QuantizationScheme, weight: PackedWeight) -> None:
     """Mark a layer as quantized; its weight already holds the dequantized values."""
     device = weight_matrix(module).device
-    module.quantization_scheme = scheme  # type: ignore[assignment]
-    module.quantization_status = QuantizationStatus.FROZEN  # type: ignore[assignment]
+    module.quantization_scheme = scheme
+    module.quantization_status = QuantizationStatus.FROZEN
     module.register_buffer("weight_scale", weight.scale.to(device), persistent=False)
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
 
@@ -47,7 +47,7 @@ def packed_weight(name: str, module: nn.Module) -> PackedWeight:
     Raises:
         BitpressError: the weight is no longer on its grid: it was trained, cast or replaced since it was quantized.
     """
-    scheme: QuantizationScheme = module.quantization_scheme  # type: ignore[assignment]
+    scheme: QuantizationScheme = module.quantization_scheme
     matrix = weight_matrix(module)
     scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
     zero_point: torch.Tensor = module.weight_zero_point  # type: ignore[assignment]

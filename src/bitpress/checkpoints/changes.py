@@ -30,14 +30,13 @@ class Changes:
         saved = {name: p.data.clone() for name, p in parameters.items()}
         try:
             yield
-            self._remember(block, parameters, saved, quantized)
+            self._remember(parameters, saved, quantized)
         finally:
             for name, p in parameters.items():
                 p.data.copy_(saved[name])
 
     def _remember(
         self,
-        block: Block,
         parameters: Mapping[str, nn.Parameter],
         saved: Mapping[str, Tensor],
         quantized: Mapping[str, QuantizedWeight],

@@ -1,5 +1,6 @@
 """The ``quantization_config`` of a checkpoint, in the words of compressed-tensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import compressed_tensors
@@ -13,7 +14,7 @@ from bitpress.quantization import QuantizationScheme
 FORMAT = CompressionFormat.pack_quantized.value
 
 
-def quantization_config(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Any]:
+def quantization_config(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The config that makes every reader give ``layers``, and no others, their schemes.
 
     One scheme keeps the targets it was stated with, and the layers that they match beyond ``layers`` are ignored by
@@ -21,7 +22,7 @@ def quantization_config(model: nn.Module, layers: dict[str, nn.Module]) -> dict[
     """
     groups: list[tuple[QuantizationScheme, list[str]]] = []
     for name, module in layers.items():
-        scheme: QuantizationScheme = module.quantization_scheme  # type: ignore[assignment]
+        scheme: QuantizationScheme = module.quantization_scheme
         for known, names in groups:
             if known.weights == scheme.weights:
                 names.append(name)

@@ -34,7 +34,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **op
     """
     path = Path(directory).expanduser()
     if model is None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
         return loaded
@@ -78,7 +78,9 @@ def _unpack(
     dense = dict(stored)
     packed: dict[str, PackedWeight] = {}
     schemes: dict[str, QuantizationScheme] = {}
-    groups = QuantizationConfig(**config["quantization_config"]).config_groups if "quantization_config" in config else {}
+    groups = (
+        QuantizationConfig(**config["quantization_config"]).config_groups if "quantization_config" in config else {}
+    )
     by_target = {target: scheme for scheme in groups.values() for target in scheme.targets}
     for name, module in model.named_modules():
         if not is_linear(module) or f"{name}.weight_packed" not in stored:
@@ -96,14 +98,17 @@ def _unpack(
 
 def _check_fit(dense: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     wanted = model.state_dict()
-    for what, names in (("lacks", wanted.keys() - dense.keys()), ("has more than the model:", dense.keys() - wanted.keys())):
+    for what, names in (
+        ("lacks", wanted.keys() - dense.keys()),
+        ("has more than the model:", dense.keys() - wanted.keys()),
+    ):
         if names:
-            raise BitpressError(f"{path} does not fit {type(model).__name__}: it {what} {', '.join(sorted(names)[:3])}.")
+            raise BitpressError(
+                f"{path} does not fit {type(model).__name__}: it {what} {', '.join(sorted(names)[:3])}."
+            )
     for name, tensor in dense.items():
         if tensor.shape != wanted[name].shape:
             raise BitpressError(
                 f"{path} does not fit {type(model).__name__}: {name} is {tuple(tensor.shape)}, "
                 f"the model's {tuple(wanted[name].shape)}."
             )
-
-

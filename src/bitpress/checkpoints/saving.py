@@ -77,7 +77,7 @@ def save(
 
 def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
     """Make ``model.save_pretrained`` write the compressed checkpoint, with what belongs beside it."""
-    model._bitpress_companions = companions  # type: ignore[assignment]
+    object.__setattr__(model, "_bitpress_companions", companions)
     if _is_transformers(model):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
@@ -159,7 +159,7 @@ def _write_plain(
 
 def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
     """The state dict with each packed layer's weight in its stored form."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer = name.removesuffix(".weight")
         if layer in packed and layer != name:
@@ -170,7 +170,7 @@ def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) 
 
 
 def _write_companions(model: nn.Module, draft: Path) -> None:
-    companions: Companions | None = getattr(model, "_bitpress_companions", None)  # type: ignore[assignment]
+    companions: Companions | None = getattr(model, "_bitpress_companions", None)
     if companions is None:
         return
     if companions.recipe:
@@ -187,7 +187,7 @@ def _versions() -> tuple[str, str]:
 
 
 def _warn_of_broken_pair(packed: dict[str, PackedWeight]) -> None:
-    """transformers 5.23.0 with compressed-tensors 0.18 to 0.20 cannot load asymmetric packed weights."""
+    """The pair of transformers 5.23.0 with compressed-tensors 0.18 to 0.20 cannot load asymmetric packed weights."""
     transformers, compressed = _versions()
     asymmetric = any(not p.args.symmetric for p in packed.values())
     if asymmetric and transformers == "5.23.0" and not compressed.startswith("0.17."):

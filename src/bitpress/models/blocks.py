@@ -37,7 +37,7 @@ class Block:
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the block by its name in the model."""
-        return self.module.named_modules(prefix=self.name)
+        yield from self.module.named_modules(prefix=self.name)
 
     @property
     def label(self) -> str:

@@ -169,7 +169,7 @@ def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool) -> Non
     """Multiply the balance layers' inputs by random powers of two and, to compensate, divide the producer's outputs."""
     assert claim.channel_map is not None  # noqa: S101
     channels = out_channels(claim.smooth) or 0
-    device = claim.smooth.weight.device  # type: ignore[union-attr]
+    device = next(claim.smooth.parameters()).device
     powers = torch.tensor([0.25, 0.5, 2.0, 4.0])[torch.randint(0, 4, (channels,), generator=generator)]
     for layer in claim.balance:
         multiply_inputs(layer, powers[claim.channel_map].to(device))

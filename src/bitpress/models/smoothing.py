@@ -1,5 +1,7 @@
 """Moving a positive scale from the input of some layers to the output of the layer before them."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -56,12 +58,14 @@ def norm_offset(module: nn.Module) -> float:
     x = torch.randn(4, weight.numel(), generator=generator).to(weight)
     fixed = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
     try:
-        at = [functional_call(module, {"weight": torch.full_like(weight, v), **fixed}, (x,)).double() for v in (0, 1, 3)]
+        at = [
+            functional_call(module, {"weight": torch.full_like(weight, v), **fixed}, (x,)).double() for v in (0, 1, 3)
+        ]
     except (RuntimeError, TypeError) as error:
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: {error}") from error
     slope = at[1] - at[0]
     offset = float((at[0] * slope).sum() / (slope * slope).sum())
-    offset = round(offset) if abs(offset - round(offset)) < 0.02 else offset
+    offset = round(offset) if math.isclose(offset, round(offset), abs_tol=0.02) else offset
     expected = (offset + 3) * slope
     if not torch.allclose(at[2], expected, rtol=0.05, atol=0.05):
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: its output is not linear in its weight.")

@@ -92,8 +92,8 @@ class AWQModifier(QuantizationModifier):
             self._check_all_used(mappings)
         if not any(self._resolved.values()):
             raise BitpressError(
-                f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], or "
-                "use QuantizationModifier alone."
+                f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], "
+                "or use QuantizationModifier alone."
             )
         self._prove(state)
 
@@ -116,7 +116,10 @@ class AWQModifier(QuantizationModifier):
             return
         statistics = measured[0]
         found = search_scales(
-            [BalanceWeight(weight_matrix(m), state.schemes[n].weights, weight_matrix(m).dtype) for n, m in targeted.items()],
+            [
+                BalanceWeight(weight_matrix(m), state.schemes[n].weights, weight_matrix(m).dtype)
+                for n, m in targeted.items()
+            ],
             statistics.gram,
             statistics.mean_magnitude,
             channel_map=mapping.channel_map,

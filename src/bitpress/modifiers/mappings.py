@@ -55,7 +55,9 @@ class ResolvedMapping:
     def kind(self, block: Block) -> tuple[Any, ...]:
         """Equal for the same mapping in blocks of one structure."""
         names = (self.smooth_name, *self.balance)
-        return tuple((n.removeprefix(block.name), tuple(block_shape(m))) for n, m in zip(names, self._modules(), strict=True))
+        return tuple(
+            (n.removeprefix(block.name), tuple(block_shape(m))) for n, m in zip(names, self._modules(), strict=True)
+        )
 
     def _modules(self) -> list[nn.Module]:
         return [self.smooth, *self.balance.values()]
@@ -93,7 +95,7 @@ def registered_mappings(model: nn.Module) -> list[AWQMapping] | None:
 
 
 def _family(class_name: str) -> str:
-    """ "Llama" of "LlamaForCausalLM" and "LlamaModel", "GPT2" of "GPT2LMHeadModel"."""
+    """What a family's classes have in common: "Llama" of "LlamaForCausalLM", "GPT2" of "GPT2LMHeadModel"."""
     return re.split(r"For(?=[A-Z])|LMHead|DoubleHeads|Model$|PreTrained", class_name, maxsplit=1)[0]
 
 

@@ -97,7 +97,9 @@ class QuantizationModifier(Modifier):
                     schemes[name] = group
         _drop_shared_weights(model, schemes)
         if not schemes:
-            raise BitpressError(f"{type(self).__name__}: every layer that targets match is ignored or shares its weight.")
+            raise BitpressError(
+                f"{type(self).__name__}: every layer that targets match is ignored or shares its weight."
+            )
         _check_shapes(model, schemes)
         return schemes
 
@@ -146,7 +148,9 @@ PRESETS = [name for name in ("W2A16", "W3A16", "W4A16", "W4A16_ASYM", "W5A16", "
            if is_preset_scheme(name)]  # fmt: skip
 
 
-def resolve_all(modifiers: list[Modifier], model: nn.Module) -> tuple[dict[str, QuantizationScheme], dict[str, Modifier]]:
+def resolve_all(
+    modifiers: list[Modifier], model: nn.Module
+) -> tuple[dict[str, QuantizationScheme], dict[str, Modifier]]:
     """The scheme of every layer that the recipe quantizes, and the modifier that does it.
 
     The last modifier that states a scheme for a layer quantizes it; the others must agree with it.
@@ -206,9 +210,8 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
     for (group, width), names in problems.items():
         fits = ", ".join(str(d) for d in (256, 128, 96, 64, 48, 32, 16, 8) if width % d == 0) or "none of the usual"
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(
-            f"group_size {group} does not divide the {width} inputs of {', '.join(names[:3])}{more} (sizes that fit: {fits})"
-        )
+        where = f"{', '.join(names[:3])}{more}"
+        lines.append(f"group_size {group} does not divide the {width} inputs of {where} (sizes that fit: {fits})")
     raise BitpressError("; ".join(lines) + ". Choose a size that fits, or add the layers to ignore.")
 
 

@@ -11,9 +11,7 @@ from bitpress.pipelines.data import CalibrationData
 from bitpress.pipelines.solving import OnProgress, Progress, make_collector, solve
 
 
-def run_basic(
-    state: State, modifiers: Sequence[Modifier], data: CalibrationData, on_progress: OnProgress
-) -> Changes:
+def run_basic(state: State, modifiers: Sequence[Modifier], data: CalibrationData, on_progress: OnProgress) -> Changes:
     """Run every batch through the model, then solve block after block."""
     layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
     collector = make_collector(state, modifiers, layers)

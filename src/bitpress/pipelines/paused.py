@@ -32,7 +32,7 @@ class PausePoints:
         self._forwards = {b.name: b.module.forward for b in self._blocks}
         try:
             for block in self._blocks:
-                block.module.forward = self._pausing(block)  # type: ignore[method-assign]
+                block.module.forward = self._pausing(block)
             yield self
         finally:
             for block in self._blocks:
@@ -40,7 +40,7 @@ class PausePoints:
                 if forward is None:
                     block.module.__dict__.pop("forward", None)
                 else:
-                    block.module.forward = forward  # type: ignore[method-assign]
+                    block.module.forward = forward
 
     def run(self, block: Block, call: Call) -> Any:
         """The block's own forward on the arguments of a call, outside of any paused forward."""
@@ -56,7 +56,7 @@ class PausePoints:
         return pause
 
 
-class _Forward(greenlet):
+class _Forward(greenlet):  # type: ignore[misc]
     """A greenlet that keeps the thread's torch state of its own across switches."""
 
     def hand_over(self, block: Block, call: Call) -> Any:
@@ -82,6 +82,13 @@ class PausedForward:
         self.result: Any = None
         self._greenlet = _Forward(lambda: model(*args, **kwargs))
         self._guard: Any = None
+
+    @property
+    def waiting_for(self) -> Call:
+        """The call that it waits for."""
+        if self.call is None:
+            raise RuntimeError("the forward is not paused at a block.")
+        return self.call
 
     def resume(self, output: Any = None) -> None:
         """Start, or go on with the output of the block that is waited for, to the next call of a block."""

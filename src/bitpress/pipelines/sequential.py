@@ -88,7 +88,7 @@ class _Schedule:
             for index in self._at(block):
                 forward = self.forwards[index]
                 with collector.batch(index, self.masks[index]):
-                    output = self.points.run(block, forward.call)
+                    output = self.points.run(block, forward.waiting_for)
                 if go_on:
                     forward.resume(output)
                 del output
@@ -114,7 +114,7 @@ class _Schedule:
         with self.state.watch.phase("propagate"):
             for index in self._at(block):
                 forward = self.forwards[index]
-                forward.resume(self.points.run(block, forward.call))
+                forward.resume(self.points.run(block, forward.waiting_for))
 
     def _say(self, block: Block, phase: str) -> None:
         self.on_progress(Progress(self.done, len(self.state.blocks), block.label, phase))

@@ -33,7 +33,7 @@ OnProgress = Callable[[Progress], None]
 
 def make_collector(state: State, modifiers: Sequence[Modifier], layers: Mapping[str, nn.Module]) -> InputCollector:
     """A collector of what any of the modifiers asks for."""
-    wanted = {name: Statistic.NONE for name in layers}
+    wanted = dict.fromkeys(layers, Statistic.NONE)
     for modifier in modifiers:
         for name in layers:
             wanted[name] |= modifier.required_statistics(state, name)
@@ -45,4 +45,3 @@ def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics:
     state.statistics = statistics
     for modifier in modifiers:
         modifier.on_block(state, block)
-

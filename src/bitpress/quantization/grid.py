@@ -74,7 +74,8 @@ def group_view(x: Tensor, args: QuantizationArgs) -> Tensor:
         return x.unsqueeze(-2)
     if x.shape[-1] % args.group_size:
         raise BitpressError(f"group_size {args.group_size} does not divide the {x.shape[-1]} columns of the weight.")
-    return x.unflatten(-1, (-1, args.group_size))
+    view: Tensor = x.unflatten(-1, (-1, args.group_size))
+    return view
 
 
 def _row_chunks(

@@ -33,7 +33,8 @@ class QuantizedWeight:
     def pack(self) -> "PackedWeight":
         """The same weight in ``num_bits`` bits a value."""
         packed = pack_to_int32(self.values, self.args.num_bits)
-        return PackedWeight(packed, tuple(self.values.shape), self.scale, self.zero_point, self.args)
+        rows, columns = self.values.shape
+        return PackedWeight(packed, (rows, columns), self.scale, self.zero_point, self.args)
 
     def _offset(self) -> Tensor | None:
         return None if self.args.symmetric else self.zero_point
@@ -86,7 +87,8 @@ class PackedWeight:
     def _stored_zero_point(self) -> Tensor:
         if self.args.strategy == QuantizationStrategy.TENSOR:
             return self.zero_point
-        return pack_to_int32(self.zero_point, self.args.num_bits, packed_dim=0).contiguous()
+        packed: Tensor = pack_to_int32(self.zero_point, self.args.num_bits, packed_dim=0)
+        return packed.contiguous()
 
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor], args: QuantizationArgs) -> "PackedWeight":

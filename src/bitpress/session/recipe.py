@@ -37,14 +37,14 @@ class Recipe:
             return cls((source,))
         if isinstance(source, (str, os.PathLike)):
             return cls._from_text_or_file(source)
-        if isinstance(source, Sequence):
-            for index, item in enumerate(source):
-                if not isinstance(item, Modifier):
-                    raise BitpressError(f"recipe[{index}] is a {type(item).__name__}, not a modifier.")
-            if source:
-                return cls(tuple(source))
-        raise BitpressError("the recipe is empty: give at least one modifier." if not source else
-                            f"a {type(source).__name__} is no recipe: give modifiers, a YAML file or a recipe's name.")  # fmt: skip
+        if not isinstance(source, Sequence):
+            raise BitpressError(f"a {type(source).__name__} is no recipe: give modifiers, a YAML file or a name.")
+        if not source:
+            raise BitpressError("the recipe is empty: give at least one modifier.")
+        for index, item in enumerate(source):
+            if not isinstance(item, Modifier):
+                raise BitpressError(f"recipe[{index}] is a {type(item).__name__}, not a modifier.")
+        return cls(tuple(m for m in source if isinstance(m, Modifier)))
 
     @classmethod
     def _from_text_or_file(cls, source: str | os.PathLike[str]) -> "Recipe":
@@ -77,7 +77,8 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML; :meth:`from_yaml` reads it back."""
         entries = [{type(m).__name__: m.model_dump(mode="json", exclude_unset=True)} for m in self.modifiers]
-        return yaml.safe_dump(entries, sort_keys=False, width=100)
+        text: str = yaml.safe_dump(entries, sort_keys=False, width=100)
+        return text
 
 
 RecipeLike = Recipe | Modifier | Sequence[Modifier] | str | os.PathLike[str]
@@ -112,7 +113,7 @@ def _build(loader: yaml.SafeLoader, key: yaml.Node, value: yaml.Node, where: str
     at = f"{where}, line {_line(key)}"
     if name not in Modifier.known:
         raise BitpressError(f"{at}: no modifier is called {name!r}{nearest(name, list(Modifier.known))}")
-    fields: Any = loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
+    fields: Any = loader.construct_object(value, deep=True)
     if fields is None:
         fields = {}
     if not isinstance(fields, dict):

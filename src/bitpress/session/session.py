@@ -92,9 +92,7 @@ class Session:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
         with calibrating(self.model):
-            self._changes = run(
-                self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress
-            )
+            self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 
     @torch.no_grad()
     def finalize(self) -> None:

@@ -148,11 +148,11 @@ def _race(
     errors = torch.zeros(len(scales), dtype=torch.float64)
     seen = 0
     for stop, keep in ROUNDS:
-        stop = -(-stop * deal // DEAL)
+        until = -(-stop * deal // DEAL)
         for layer, weight in zip(layers, dealt, strict=True):
-            rows = slice(weight.shape[0] * seen // deal, weight.shape[0] * stop // deal)
+            rows = slice(weight.shape[0] * seen // deal, weight.shape[0] * until // deal)
             errors[alive] += _errors(layer, weight, rows, gram, scales[alive]).cpu().double()
-        seen = stop
+        seen = until
         ranked = sorted(alive, key=lambda i: float(errors[i]))
         # Leaving the layers alone stays in the race to the end: it is what the winner is measured against.
         alive = sorted({0, *ranked[:keep]})

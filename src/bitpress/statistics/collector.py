@@ -30,7 +30,7 @@ class InputCollector:
 
     @property
     def statistics(self) -> dict[str, InputStatistics]:
-        """What was collected, by layer; layers that shared their input share the object. Layers never run are absent."""
+        """What was collected, by layer that ran; layers that share their input share the object."""
         return self._statistics
 
     @property
@@ -116,4 +116,3 @@ def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     if x.dim() == 2 and x.shape[0] == mask.numel():
         return x[mask.flatten().to(x.device)]
     return x
-

@@ -1,0 +1,57 @@
+"""The command ``bitpress``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def bitpress() -> None:
+    """Compress models by a recipe."""
+
+
+@app.command()
+def oneshot(  # noqa: PLR0913, PLR0917
+    model: Annotated[str, typer.Argument(help="Path or hub id of a transformers causal language model.")],
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration data: a .txt, .jsonl, .parquet, or hub name.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the dataset.")] = "text",
+    splits: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
+    num_calibration_samples: Annotated[int, typer.Option(help="Sequences at most.")] = 512,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens per sequence at most.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
+    concatenate_data: Annotated[bool, typer.Option(help="Join texts and cut them to full sequences.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
+    pipeline: Annotated[str | None, typer.Option(help="sequential, basic or datafree.")] = None,
+    save_compressed: Annotated[bool, typer.Option(help="Packed weights, or dense ones.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model in the output directory.")] = False,
+    trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+) -> None:
+    """Compress MODEL by a recipe into a checkpoint."""
+    import bitpress as package
+
+    arguments: dict[str, Any] = dict(locals())
+    for name in ("package", "model", "dataset", "recipe"):
+        arguments.pop(name)
+    try:
+        package.oneshot(model, dataset, recipe, **arguments)
+    except package.BitpressError as error:
+        typer.echo(f"bitpress: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(str(output_dir))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that are shipped."""
+    from bitpress.session.recipe import shipped_recipes
+
+    for name, file in shipped_recipes().items():
+        about = next((line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#")), "")
+        typer.echo(f"{name:24} {about}")
