@@ -2,7 +2,7 @@
 # environment builds it.
 #
 #   make test PYTHON=python3.12               # the Python that makes the environment
-#   make demo VENV=~/envs/cuda                # an environment of your own; a torch >= 2.8 in it stays as it is
+#   make demo VENV=~/envs/cuda                # an environment of your own; a torch >= 2.10 in it stays as it is
 #   make demo TORCH='torch==2.10.0'           # another torch; TORCH= leaves the choice to pip
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 STAMP := $(VENV)/.bitpress-installed
 # Prints the torch that is installed as a pip constraint; fails where there is none, or one that is too old.
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
-	assert tuple(map(int, t.split(".")[:2])) >= (2, 8); print("torch==" + t)
+	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
 .PHONY: help setup demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help

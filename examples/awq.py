@@ -58,7 +58,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize a small network with AWQ and show each step.")
-    parser.add_argument("--quantization-bits", type=int, default=4, help="2 to 8 (default: 4)")
+    parser.add_argument("--quantization-bits", type=int, choices=range(2, 9), default=4, help="(default: 4)")
     parser.add_argument("--symmetric", action="store_true", help="grids centred on 0, without zero points")
     parser.add_argument("--group-size", type=int, help="inputs that share a scale, -1: all (default: 64 if it fits)")
     parser.add_argument("--input-dim", type=int, default=64, help="(default: 64)")
@@ -123,14 +123,13 @@ def show_quantization(model: SimpleNN, x: Tensor, scheme: dict) -> tuple[Quantiz
     def on_layer(name: str, info: LayerInfo) -> None:
         awq, grid, before = info["awq"], info["quantized"], next(reversed(layers), None)
         layers[name] = info
-        scales = f"{awq.scales.min():.3g} to {awq.scales.max():.3g}, exponent {awq.ratio}"
         where = f"divided out of the rows of {before}" if before else "the input is divided by them (input_scale)"
-        share = f"every {grid.args.group_size} values in a row" if grid.args.group_size else "the values of a row"
+        scales = f"{awq.scales.min():.3g} to {awq.scales.max():.3g}, exponent {awq.ratio}\n{' ' * 14}{where}"
+        share = f"every {grid.args.group_size} values in a row" if grid.scale.shape[1] > 1 else "the values of a row"
         offset = "" if grid.args.symmetric else " and a zero point"
         console.print(f"\n[bold]{name}[/]")
         say(f"  looked at   {info['statistics'].rows} activations")
         say(f"  scales      {'none: nothing beats leaving the layer alone' if awq.ratio is None else scales}")
-        say(f"              {where}")
         say(f"  rounded to  {2**grid.args.num_bits} levels; {share} share a scale{offset}")
         say(f"  error       {info['relative_error_before']:.2%} of the output without the scales")
         say(f"              {info['relative_error']:.2%} with them")
@@ -179,8 +178,8 @@ def show_outputs(model: SimpleNN, quantized: QuantizedNN, rounded: QuantizedNN, 
             table.add_row(str(label), network, str(int(row.argmax())), *(f"{v:.2f}" for v in row[:10].tolist()))
         table.add_section()
     wide.print(table)
-    say(f"The quantized network answers as the original does on {share_of(before.argmax(1) == after.argmax(1))} of")
-    say(f"{len(x)} held-out samples. Right answers:")
+    same = share_of(before.argmax(1) == after.argmax(1))
+    say(f"Of all {len(x)} held-out samples, {same} get the same answer from both networks. Right answers:")
     for name, network in (("original", model), ("AWQ", quantized), ("round-to-nearest", rounded)):
         say(f"  {name:<16}  {share_of(network(x).argmax(1) == y)}")
 

@@ -77,7 +77,7 @@ def save(
 
 def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
     """Make ``model.save_pretrained`` write the compressed checkpoint, with what belongs beside it."""
-    object.__setattr__(model, "_bitpress_companions", companions)
+    object.__setattr__(model, "bitpress", companions)
     if _is_transformers(model):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
@@ -170,7 +170,7 @@ def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) 
 
 
 def _write_companions(model: nn.Module, draft: Path) -> None:
-    companions: Companions | None = getattr(model, "_bitpress_companions", None)
+    companions: Companions | None = getattr(model, "bitpress", None)
     if companions is None:
         return
     if companions.recipe:

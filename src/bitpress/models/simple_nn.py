@@ -121,7 +121,7 @@ class PackedLinear(nn.Module):
         """The scheme, for ``print(model)``."""
         rows, columns = self.weight_shape.tolist()
         grid = "symmetric" if self.args.symmetric else "asymmetric"
-        return f"{columns} -> {rows}, {self.args.num_bits} bits, {grid}, group_size={self.args.group_size or -1}"
+        return f"{columns} -> {rows}, {self.args.num_bits} bits, {grid}, group_size={self.args.group_size}"
 
 
 class QuantizedNN(_Feedforward):

@@ -65,7 +65,8 @@ def norm_offset(module: nn.Module) -> float:
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: {error}") from error
     slope = at[1] - at[0]
     offset = float((at[0] * slope).sum() / (slope * slope).sum())
-    offset = round(offset) if math.isclose(offset, round(offset), abs_tol=0.02) else offset
+    if math.isfinite(offset) and math.isclose(offset, round(offset), abs_tol=0.02):
+        offset = round(offset)
     expected = (offset + 3) * slope
     if not torch.allclose(at[2], expected, rtol=0.05, atol=0.05):
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: its output is not linear in its weight.")

@@ -17,7 +17,7 @@ from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
-from bitpress.solvers import BalanceWeight, search_scales
+from bitpress.solvers import BalanceWeight, search_parameters, search_scales
 from bitpress.statistics import Statistic
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class AWQModifier(QuantizationModifier):
         mappings: which layers scale which; the family's registered ones if not given.
         duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
         n_grid: exponents tried per mapping.
+        clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value.
     """
 
     bits: int | None = Field(default=None, ge=2, le=8)
@@ -46,6 +47,7 @@ class AWQModifier(QuantizationModifier):
     mappings: list[AWQMapping] | None = None
     duo_scaling: bool | Literal["both"] = True
     n_grid: int = Field(default=20, ge=1)
+    clip: bool = True
 
     _resolved: dict[str, list[ResolvedMapping]] = PrivateAttr(default_factory=dict)
 
@@ -106,7 +108,17 @@ class AWQModifier(QuantizationModifier):
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
         for mapping in self._resolved[block.name]:
             self._smooth(state, mapping)
+        if self.clip:
+            self._choose_ranges(state, block)
         super().on_block(state, block)
+
+    def _choose_ranges(self, state: State, block: Block) -> None:
+        for name, layer in block.layers.items():
+            statistics = state.statistics.get(name)
+            if statistics is not None and self._considers(name, layer, block):
+                matrix = weight_matrix(layer)
+                args = state.schemes[name].weights
+                state.ranges[name] = search_parameters(matrix, args, statistics.gram, matrix.dtype)
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
         targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress.models.blocks import Block
 from bitpress.quantization import QuantizationScheme, QuantizedWeight
@@ -40,6 +40,8 @@ class State:
         blocks: the parts that are solved one after the other.
         statistics: of the current block's layers; a layer that did not run, or whose modifiers ask for nothing, is
             absent. Layers that share their input share the object.
+        ranges: scale and zero point that a modifier has chosen for a layer of the current block, for the one that
+            quantizes it.
         quantized: the current block's layers that have been quantized.
         layer_records: a dictionary of figures per quantized layer, for the report.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
@@ -52,6 +54,7 @@ class State:
     owners: dict[str, Any]
     blocks: list[Block]
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)

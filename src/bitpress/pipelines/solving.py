@@ -43,5 +43,6 @@ def make_collector(state: State, modifiers: Sequence[Modifier], layers: Mapping[
 def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics: dict[str, InputStatistics]) -> None:
     """Let every modifier, in recipe order, solve the block."""
     state.statistics = statistics
+    state.ranges = {}
     for modifier in modifiers:
         modifier.on_block(state, block)

@@ -26,7 +26,10 @@ def check_supported(args: QuantizationArgs) -> None:
         BitpressError: names the field and the values that work.
     """
     if args.type != QuantizationType.INT or not 2 <= args.num_bits <= 8:
-        raise BitpressError(f"weights: {args.type} of {args.num_bits} bits is not supported; use int of 2 to 8 bits.")
+        kind = QuantizationType(args.type).value
+        raise BitpressError(
+            f"weights: type {kind} with num_bits {args.num_bits} is not supported; use type int with num_bits 2 to 8."
+        )
     if args.strategy not in WEIGHT_STRATEGIES:
         names = ", ".join(s.value for s in WEIGHT_STRATEGIES)
         raise BitpressError(f"weights: strategy {args.strategy} is not supported; use one of {names}.")
@@ -94,9 +97,11 @@ def _row_chunks(
         yield rows, view[rows], scale[of_rows], None if zero_point is None else zero_point[of_rows]
 
 
-def _to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
+def _to_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs, out: Tensor | None = None
+) -> Tensor:
     q_min, q_max = integer_range(args)
-    scaled = x / scale
+    scaled = torch.div(x, scale, out=out)
     if zero_point is not None:
         scaled += zero_point.to(x.dtype)
     return scaled.clamp_(q_min, q_max).round_()
@@ -128,8 +133,12 @@ def fake_quantize(
     """
     out = torch.empty_like(x) if out is None else out
     out_view = group_view(out, args)
+    in_place = x.dtype == scale.dtype == out.dtype
     for rows, part, s, z in _row_chunks(x, scale, zero_point, args):
-        out_view[rows] = _from_grid(_to_grid(part, s, z, args).to(x.dtype), s, z)
+        if in_place:
+            _from_grid(_to_grid(part, s, z, args, out=out_view[rows]), s, z)
+        else:
+            out_view[rows] = _from_grid(_to_grid(part, s, z, args).to(x.dtype), s, z)
     return out
 
 

@@ -1,13 +1,13 @@
 """A quantized weight, loose (one integer a byte) and packed (as it is stored)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from bitpress.quantization.grid import dequantize, quantize
+from bitpress.quantization.grid import dequantize, integer_range, quantize
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,22 @@ class QuantizedWeight:
 
     @classmethod
     def on_grid(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> "QuantizedWeight":
-        """Round ``weight`` (out, in) to a given grid, in float32 whatever its dtype."""
+        """Round ``weight`` (out, in) to a given grid, in float32 whatever its dtype.
+
+        A weight that :meth:`dequantize` made is found again exactly: the result dequantizes to it.
+        """
         offset = None if args.symmetric else zero_point
-        return cls(quantize(weight.float(), scale.float(), offset, args), scale, zero_point, args)
+        found = cls(quantize(weight.float(), scale.float(), offset, args), scale, zero_point, args)
+        if weight.dtype == torch.bfloat16 and args.num_bits == 8 and not args.symmetric:
+            return found._exact(weight)
+        return found
+
+    def _exact(self, weight: Tensor) -> "QuantizedWeight":
+        """Where bfloat16 rounds a point more than 128 steps from 0 past its neighbour, the neighbour that fits."""
+        step = (weight - self.dequantize()).sign()
+        beside = (self.values + step).clamp_(*integer_range(self.args)).to(torch.int8)
+        neighbour = replace(self, values=beside)
+        return replace(self, values=torch.where(neighbour.dequantize() == weight, beside, self.values))
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,8 @@ class PackedWeight:
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int8)
         elif args.strategy != QuantizationStrategy.TENSOR:
-            shape = torch.Size((rows, scale.shape[-1]))
-            zero_point = unpack_from_int32(zero_point, args.num_bits, shape, packed_dim=0).contiguous()
+            # Not by packed_dim=0: compressed-tensors 0.20 fails at a single row of words with several groups.
+            words = zero_point.T.clone(memory_format=torch.contiguous_format)
+            shape = torch.Size((scale.shape[-1], rows))
+            zero_point = unpack_from_int32(words, args.num_bits, shape).T.contiguous()
         return cls(stored["weight_packed"], (rows, columns), scale, zero_point, args)

@@ -2,6 +2,14 @@
 
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
 from bitpress.solvers.objective import output_error
-from bitpress.solvers.ranges import check_finite, round_to_nearest
+from bitpress.solvers.ranges import check_finite, round_to_nearest, search_parameters
 
-__all__ = ["AWQ", "BalanceWeight", "check_finite", "output_error", "round_to_nearest", "search_scales"]
+__all__ = [
+    "AWQ",
+    "BalanceWeight",
+    "check_finite",
+    "output_error",
+    "round_to_nearest",
+    "search_parameters",
+    "search_scales",
+]

