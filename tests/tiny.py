@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class MLP(nn.Module):
     def __init__(self, *widths: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for n, m in zip(widths, widths[1:], strict=False):
+        for n, m in pairwise(widths):
             layers += [nn.Linear(n, m), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-1])
 

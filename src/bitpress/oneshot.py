@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
 from bitpress.session.recipe import RecipeLike
+from bitpress.session.session import parameters_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def oneshot(  # noqa: PLR0913
             hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
             takes. Not needed by recipes without statistics.
         recipe: modifiers in order, a YAML file or text, or the name of a shipped recipe.
-        tokenizer: for text; taken from ``model`` where that is a path. Saved beside the model.
-        processor: of a multimodal model; its tokenizer is used for text. Saved beside the model.
+        tokenizer: for text, or its path; taken from ``model`` where that is a path. Saved beside the model.
+        processor: of a multimodal model, or its path; its tokenizer is used for text. Saved beside the model.
         num_calibration_samples: sequences (rows) that are used at most.
         max_seq_length: tokens per sequence at most; by default the tokenizer's limit, or 2048.
         batch_size: sequences that run together. 1 needs no padding; padding is left out of all statistics.
@@ -84,8 +84,13 @@ def oneshot(  # noqa: PLR0913
     if output_dir is not None:
         check_destination(output_dir, overwrite=overwrite)
     if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or processor or _load_tokenizer(model, trust_remote_code_model)
+        if tokenizer is None and processor is None:
+            tokenizer = _find_tokenizer(model, trust_remote_code_model)
         model = _load_model(model, trust_remote_code_model)
+    tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
+    processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
+    if output_dir is not None:
+        check_destination(output_dir, overwrite=overwrite, needed=parameters_bytes(model))
     session = Session(model, steps, pipeline=pipeline, sequential_targets=sequential_targets, seed=seed)
     session.check()
     data: CalibrationData | None = None
@@ -117,6 +122,8 @@ def oneshot(  # noqa: PLR0913
 def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
+    if not _is_name(source):
+        raise BitpressError(f"a {type(source).__name__} is no model: give a module, a path or a hub id.")
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             os.fspath(source), dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -126,11 +133,26 @@ def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.M
     return model
 
 
-def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer  # noqa: PLC0415
+def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
+    """What the user gave, or what it names."""
+    if not _is_name(given):
+        return given
+    import transformers  # noqa: PLC0415
 
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+        return getattr(transformers, kind).from_pretrained(os.fspath(given), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        logger.info("%s has no tokenizer: %s", Path(os.fspath(source)).name, error)
+        raise BitpressError(f"{kind} finds nothing in {str(given)!r}: {error}") from error
+
+
+def _find_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model, or None."""
+    try:
+        return _loaded("AutoTokenizer", source, trust_remote_code)
+    except BitpressError as error:
+        logger.info("%s", error)
         return None
+
+
+def _is_name(given: Any) -> bool:
+    return isinstance(given, (str, os.PathLike))

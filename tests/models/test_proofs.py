@@ -93,7 +93,7 @@ def test_wrong_mappings_fail_by_far(family, smooth, balance, dtype):
     for block in deep_blocks(model):
         proof = prove(block, claim_by_name(block, smooth, *balance))
         assert not proof.holds
-        assert proof.difference > 3 * proof.tolerance
+        assert proof.difference > 2 * proof.tolerance
     tiny.assert_unchanged(model, before)
 
 
@@ -143,7 +143,7 @@ def value_channels(family):
         return at_head * 3 * head + 2 * head + within
     if family == "falcon":  # [q, k, v] with one key and value
         return width + head + within
-    # [group, (q, q, k, v), channel]
+    # In each group: two queries, a key, a value.
     return at_head // 2 * 4 * head + 3 * head + within
 
 
@@ -218,7 +218,18 @@ def test_activations_that_a_positive_scale_passes(activation, commutes, dtype):
     block = two_layers(activation, dtype)
     proof = prove(block, Claim(block.module[0], [block.module[2]]))
     assert proof.holds is commutes
-    assert commutes or proof.difference > 3 * proof.tolerance
+    assert commutes or proof.difference > 2 * proof.tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Tanh()])
+def test_small_activations_do_not_hide_a_wrong_mapping(activation, dtype):
+    """Near 0 these are almost linear; the first layers of real models work there."""
+    block = two_layers(activation, dtype)
+    for parameter in block.module[0].parameters():
+        parameter.mul_(0.2)
+    proof = prove(block, Claim(block.module[0], [block.module[2]]))
+    assert proof.difference > 2 * proof.tolerance
 
 
 def test_layers_that_no_channel_map_joins():
@@ -266,10 +277,15 @@ def test_a_norm_that_absorbs_nothing_leaves_the_block_as_it_was():
 def test_restored_undoes_everything():
     block = two_layers(nn.ReLU())
     before = tiny.snapshot(block.module)
-    with pytest.raises(ZeroDivisionError), restored([block.module, block.module[0]]):
-        for parameter in block.module.parameters():
-            parameter.zero_()
-        _ = 1 / 0
+
+    def spoil():
+        with restored([block.module, block.module[0]]):
+            for parameter in block.module.parameters():
+                parameter.zero_()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        spoil()
     tiny.assert_unchanged(block.module, before)
 
 
@@ -282,3 +298,33 @@ def test_all_at_once_finds_the_wrong_one_among_the_right():
     assert not prove_together(block, [*right, Claim(gate.smooth, gate.balance, torch.arange(96))]).holds
 
 
+def test_layers_that_do_not_run_are_untested():
+    class Asleep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    block = Block("", Asleep(), {}, [Call((x,), {})])
+    other = nn.Linear(8, 8)
+    proof = prove(block, Claim(other, [block.module.up]))
+    assert proof.untested
+    assert not proof.holds
+    # The norm does run, and something else reads it.
+    proof = prove(block, Claim(block.module.norm, [block.module.up]))
+    assert not proof.untested
+    assert not proof.holds
+
+
+def test_an_overflow_is_a_failure():
+    block = two_layers(nn.ReLU(), torch.float16)
+    call = block.calls[0]
+    block.calls[0] = Call((call.args[0] * 20000,), {})
+    proof = prove(block, Claim(block.module[0], [block.module[2]]))
+    assert not proof.holds
+    assert not proof.untested
+    assert math.isinf(proof.difference)

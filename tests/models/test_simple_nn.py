@@ -316,7 +316,7 @@ class TestRefusals:
     @pytest.mark.parametrize("bits", [0, 1, 9, 16])
     def test_bits(self, bits):
         model, x = random_model()
-        with pytest.raises(BitpressError, match="use int of 2 to 8 bits"):
+        with pytest.raises(BitpressError, match="num_bits 2 to 8"):
             quantize_model(model, x, bits=bits)
 
     @pytest.mark.parametrize("batches", [[], torch.empty(0, 32)])

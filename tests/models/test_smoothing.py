@@ -55,13 +55,13 @@ class GatedNorm(HalfOffsetNorm):
 
 
 NORMS = {
-    "LayerNorm": (lambda n: nn.LayerNorm(n), 0.0),
+    "LayerNorm": (nn.LayerNorm, 0.0),
     "LayerNorm without bias": (lambda n: nn.LayerNorm(n, bias=False), 0.0),
-    "RMSNorm": (lambda n: nn.RMSNorm(n), 0.0),
-    "LlamaRMSNorm": (lambda n: LlamaRMSNorm(n), 0.0),
-    "Qwen2RMSNorm": (lambda n: Qwen2RMSNorm(n), 0.0),
-    "Gemma2RMSNorm": (lambda n: Gemma2RMSNorm(n), 1.0),
-    "Gemma3RMSNorm": (lambda n: Gemma3RMSNorm(n), 1.0),
+    "RMSNorm": (nn.RMSNorm, 0.0),
+    "LlamaRMSNorm": (LlamaRMSNorm, 0.0),
+    "Qwen2RMSNorm": (Qwen2RMSNorm, 0.0),
+    "Gemma2RMSNorm": (Gemma2RMSNorm, 1.0),
+    "Gemma3RMSNorm": (Gemma3RMSNorm, 1.0),
     "HalfOffsetNorm": (HalfOffsetNorm, 0.5),
 }
 PRODUCERS = {

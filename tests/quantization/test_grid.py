@@ -19,7 +19,7 @@ from bitpress.quantization import (
     quantize,
 )
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CARRIERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 STRATEGIES = ("tensor", "channel", "group")
@@ -37,7 +37,7 @@ def int_args(bits, symmetric, strategy="channel", group_size=None):
     )
 
 
-def group_of(kind, size, generator, dtype):
+def group_of(kind, size, generator, dtype):  # noqa: C901 - a table
     x = torch.randn(size, generator=generator)
     info = torch.finfo(dtype)
     match kind:
@@ -301,8 +301,9 @@ class TestAffineParameters:
         minimum, maximum = (e.double().unsqueeze(1) for e in (ends[0].clamp(max=0), ends[1].clamp(min=0)))
         steps = 2**bits - 1
         span = 2 * torch.maximum(-minimum, maximum) if symmetric else maximum - minimum
-        # What a scale of the dtype cannot reach saturates, as documented by its clamp.
-        within = (span <= steps * torch.finfo(stored).max) & (span <= torch.finfo(torch.float32).max)
+        # What a scale of the dtype cannot reach saturates, as documented by its clamp; an end that is rounded outwards
+        # from the edge of float32 is infinite.
+        within = (span <= steps * torch.finfo(stored).max) & (span <= 0.98 * torch.finfo(torch.float32).max)
         step = scale.double()
         beyond = (steps * (span / steps / step - 1)).clamp(min=0)
         values = (minimum + (maximum - minimum) * torch.linspace(0, 1, 41, dtype=torch.float64)).float()

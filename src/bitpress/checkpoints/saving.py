@@ -11,12 +11,14 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attached_layers, packed_weight
 from bitpress.checkpoints.config import quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.errors import BitpressError
 from bitpress.quantization import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -60,11 +62,14 @@ def save(
         **options: of transformers' ``save_pretrained``, for its models.
 
     Raises:
-        BitpressError: the directory holds a model, the disk is full, or a weight was changed since it was quantized.
+        BitpressError: the directory holds a model, the disk is full, a weight was changed since it was quantized, or
+            transformers has loaded the model from a compressed checkpoint.
     """
+    _check_options(model, options)
     layers = attached_layers(model) if save_compressed else {}
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
-    state = _dense_state(model)
+    # A state dict of the caller's (gathered from many devices) is packed like the model's own.
+    state = options.pop("state_dict", None) or _dense_state(model)
     path = check_destination(directory, overwrite=overwrite, needed=_bytes(state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
@@ -100,6 +105,13 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(type(model), "save_pretrained") and hasattr(model, "config")
 
 
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    if options and not _is_transformers(model):
+        raise BitpressError(f"save has no option {next(iter(options))!r} for a {type(model).__name__}.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise BitpressError("transformers has loaded this model from a compressed checkpoint: use its save_pretrained.")
+
+
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
@@ -117,16 +129,15 @@ def _write_transformers(
     packed: dict[str, PackedWeight],
     options: dict[str, Any],
 ) -> None:
-    # Its readers attach schemes to nn.Linear only: the rest (GPT-2's Conv1D) is stored dense, on the same grid.
-    read = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    read = {name: layer for name, layer in layers.items() if _is_readable(layer, packed[name])}
     if len(read) < len(layers):
         logger.warning(
-            "%d layers of class %s are stored dense: compressed-tensors reads packed weights of nn.Linear only.",
+            "%d quantized layers (of class %s) are stored dense, because compressed-tensors cannot read them packed.",
             len(layers) - len(read),
             ", ".join(sorted({type(layer).__name__ for name, layer in layers.items() if name not in read})),
         )
     tensors = _replace_weights(state, {name: packed[name] for name in read})
-    type(model).save_pretrained(model, draft, state_dict=options.pop("state_dict", tensors), **options)
+    type(model).save_pretrained(model, draft, state_dict=tensors, **options)
     if read:
         _warn_of_broken_pair(packed)
         file = draft / CONFIG_FILE
@@ -147,14 +158,31 @@ def _write_plain(
     aliases = {}
     for name, tensor in list(tensors.items()):
         first = shared.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if first != name and tensors[first].shape == tensor.shape:
+        if first != name and (tensors[first].shape, tensors[first].stride()) == (tensor.shape, tensor.stride()):
             aliases[name] = first
             del tensors[name]
-    save_file({n: t.contiguous() for n, t in tensors.items()}, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file({n: _of_its_own(t) for n, t in tensors.items()}, draft / WEIGHTS_FILE, metadata={"format": "pt"})
     config: dict[str, Any] = {"architectures": [type(model).__name__], "tied_weights": aliases}
     if layers:
         config["quantization_config"] = quantization_config(model, layers)
     (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """Contiguous, and not a view of a part of another tensor, which safetensors refuses."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
+    """False for what compressed-tensors cannot load packed; it is stored dense, on the same grid.
+
+    It attaches schemes to nn.Linear only (not to GPT-2's Conv1D), and up to 0.20 fails to unpack 4-bit zero points of
+    8 rows or fewer.
+    """
+    rows, groups = weight.shape[0], weight.scale.shape[-1]
+    few_rows = weight.args.num_bits == 4 and not weight.args.symmetric and rows <= 8 and groups > 1
+    return isinstance(layer, nn.Linear) and not few_rows
 
 
 def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Blocks: the repeated sub-networks of a model, which are calibrated one after the other."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,22 @@ from bitpress.models.linears import is_linear
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module."""
+    """The arguments of one call of a module.
+
+    Attributes:
+        args: the positional ones.
+        kwargs: those by name.
+        within: brings back, inside a ``with``, what torch kept per thread where the call was made (autocast, modes).
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def of(self, function: Callable[..., Any]) -> Any:
+        """Make the call."""
+        with self.within():
+            return function(*self.args, **self.kwargs)
 
 
 @dataclass

@@ -27,7 +27,8 @@ class Proof:
 
     Attributes:
         difference: how much the block's output moved with the scale moved over, relative to how much it moves when the
-            balance layers are scaled and nothing makes up for it. 0 is perfect, about 1 is plain wrong.
+            balance layers are scaled and nothing makes up for it. 0 is perfect, about 1 is plain wrong; NaN if the
+            balance layers have no share in the output, as an expert that sees no token.
         tolerance: the greatest difference that rounding explains.
         channel_map: (in,), int64: which output channel of the smooth layer feeds each input of the balance layers.
     """
@@ -40,6 +41,11 @@ class Proof:
     def holds(self) -> bool:
         """True if the mapping is valid."""
         return self.channel_map is not None and self.difference <= self.tolerance
+
+    @property
+    def untested(self) -> bool:
+        """True if the call says nothing of the mapping."""
+        return math.isnan(self.difference)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def prove(block: Block, claim: Claim, seed: int = 0) -> Proof:
     for channel_map in itertools.chain(known, channel_maps(channels, widths.pop())):
         tried = Claim(claim.smooth, claim.balance, channel_map)
         difference = _difference(block, before, [tried], seed)
+        if math.isnan(difference):
+            return Proof(difference, tolerance, None)
         if difference <= best.difference:
             best = Proof(difference, tolerance, channel_map)
         if best.holds:
@@ -139,8 +147,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _output(block: Block) -> list[Tensor]:
-    call = block.calls[0]
-    leaves = tree_leaves(block.module(*call.args, **call.kwargs))
+    leaves = tree_leaves(block.calls[0].of(block.module))
     return [t.clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
@@ -152,7 +159,9 @@ def _difference(block: Block, before: Sequence[Tensor], claims: Sequence[Claim],
     """How far the output moves with the scales moved over, relative to how far it moves with nothing to make up."""
     moved = _moved(block, before, claims, seed, compensate=True)
     alone = _moved(block, before, claims, seed, compensate=False)
-    return moved / alone if alone else math.inf
+    if not moved and not alone:
+        return math.nan
+    return moved / alone if alone and math.isfinite(moved) else math.inf
 
 
 @torch.no_grad()

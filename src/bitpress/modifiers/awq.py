@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
+from bitpress.models.discovery import discover, structure
 from bitpress.models.linears import weight_matrix
 from bitpress.models.proofs import Claim, Proof, prove, prove_together
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
@@ -35,7 +36,8 @@ class AWQModifier(QuantizationModifier):
         bits: of the weights, 2 to 8. With ``symmetric`` and ``group_size`` it states a scheme for ``targets``.
         symmetric: grids centred on 0.
         group_size: input channels that share a scale, -1 for all of a row. 128 if only ``bits`` is stated.
-        mappings: which layers scale which; the family's registered ones if not given.
+        mappings: which layers scale which. If not given, those that are registered for the model's family; if none
+            are, they are found by running the blocks.
         duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
         n_grid: exponents tried per mapping.
         clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value.
@@ -88,16 +90,21 @@ class AWQModifier(QuantizationModifier):
         """Resolve the mappings in every block and prove them."""
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
-        source, mappings = self._mappings(state.model)
-        self._resolved = {block.name: self._resolve(mappings, block, source) for block in state.blocks}
-        if source == "user":
-            self._check_all_used(mappings)
+        registered = registered_mappings(state.model)
+        if self.mappings is not None:
+            self._resolved = {block.name: self._resolve(self.mappings, block, "user") for block in state.blocks}
+            self._check_all_used(self.mappings)
+            self._prove(state)
+        elif registered is not None:
+            self._resolved = {block.name: self._resolve(registered, block, "registry") for block in state.blocks}
+            self._prove(state)
+        else:
+            self._resolved = self._discover(state)
         if not any(self._resolved.values()):
             raise BitpressError(
                 f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], "
                 "or use QuantizationModifier alone."
             )
-        self._prove(state)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """Gram matrix and mean magnitude, for the balance layers."""
@@ -123,8 +130,13 @@ class AWQModifier(QuantizationModifier):
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
         targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}
         measured = [state.statistics[n] for n in targeted if n in state.statistics]
-        if not measured:
-            logger.warning("%s: its balance layers did not run in calibration; left alone.", mapping.mapping)
+        if not measured or mapping.channel_map is None:
+            logger.warning(
+                "%s is left alone: %s did not run in %s.",
+                mapping.mapping,
+                ", ".join(mapping.balance),
+                "calibration" if not measured else "the dry run, so that nothing proves the mapping",
+            )
             return
         statistics = measured[0]
         found = search_scales(
@@ -153,26 +165,17 @@ class AWQModifier(QuantizationModifier):
     def _apply(self, state: State, mapping: ResolvedMapping, scales: Tensor) -> None:
         """Move the scales over, and let the statistics follow."""
         assert mapping.channel_map is not None, "proven before it is applied"  # noqa: S101
-        at_inputs = scales[mapping.channel_map.to(scales.device)]
+        channel_map = mapping.channel_map.to(scales.device)
+        at_inputs = scales[channel_map]
+        # Channels that feed no balance layer (q and k of a fused projection) stay as they are.
         at_outputs = torch.ones(out_channels(mapping.smooth) or 0, device=scales.device)
-        at_outputs[: len(scales)] = scales
+        at_outputs[channel_map] = at_inputs
         divide_outputs(mapping.smooth, at_outputs)
         for layer in mapping.balance.values():
             multiply_inputs(layer, at_inputs)
         shared = {id(s): s for s in (state.statistics.get(n) for n in mapping.balance) if s is not None}
         for statistics in shared.values():
             statistics.rescale(at_inputs)
-
-    def _mappings(self, model: nn.Module) -> tuple[str, list[AWQMapping]]:
-        if self.mappings is not None:
-            return "user", self.mappings
-        registered = registered_mappings(model)
-        if registered is None:
-            raise BitpressError(
-                f"no mappings are registered for {type(model).__name__}. State them: AWQModifier(mappings=[AWQMapping("
-                "smooth_layer, [balance_layer, ...]), ...]), or register_mappings for all models of the family."
-            )
-        return "registry", registered
 
     def _resolve(self, mappings: list[AWQMapping], block: Block, source: str) -> list[ResolvedMapping]:
         found = [resolved for mapping in mappings for resolved in resolve_mapping(mapping, block, source)]
@@ -182,6 +185,23 @@ class AWQModifier(QuantizationModifier):
         stated = self.states_scheme or not {"targets", "ignore"} & self.model_fields_set
         mine = stated or (is_match(name, layer, self.targets) and not is_match(name, layer, self.ignore))
         return mine and name in block.layers
+
+    def _discover(self, state: State) -> dict[str, list[ResolvedMapping]]:
+        """Mappings found by running each kind of block once; its other blocks have them proven only."""
+        kinds: dict[Any, tuple[str, list[ResolvedMapping]]] = {}
+        resolved: dict[str, list[ResolvedMapping]] = {block.name: [] for block in state.blocks}
+        for block in state.blocks:
+            if not block.calls:
+                continue
+            kind = structure(block)
+            source, known = kinds.get(kind, ("", []))
+            mappings = [mapping.moved(source, block) for mapping in known]
+            claims = [Claim(m.smooth, list(m.balance.values()), m.channel_map) for m in mappings]
+            if kind not in kinds or (claims and not prove_together(block, claims, state.seed).holds):
+                mappings = [ResolvedMapping.discovered(found, block) for found in discover(block, state.seed)]
+                kinds[kind] = (block.name, mappings)
+            resolved[block.name] = mappings
+        return resolved
 
     def _check_all_used(self, mappings: list[AWQMapping]) -> None:
         used = {str(m.mapping) for found in self._resolved.values() for m in found}
@@ -209,6 +229,8 @@ class AWQModifier(QuantizationModifier):
                     continue
             for mapping, claim in zip(mappings, claims, strict=True):
                 proof = prove(block, claim, state.seed)
+                if proof.untested:
+                    continue
                 if not proof.holds:
                     raise BitpressError(_refutation(mapping, block, proof))
                 mapping.channel_map, mapping.difference = proof.channel_map, proof.difference

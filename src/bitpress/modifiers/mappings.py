@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compressed_tensors.utils import is_match
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
+from bitpress.models.discovery import Discovery
 from bitpress.models.linears import is_linear
 from bitpress.models.smoothing import out_channels
 
@@ -39,7 +40,7 @@ class ResolvedMapping:
         smooth_name: the smooth layer's name in the model.
         smooth: the smooth layer.
         balance: the balance layers by name.
-        source: who stated the mapping: "user" or "registry".
+        source: who stated the mapping: "user", "registry" or "discovery".
         channel_map: (in,), int64: the smooth layer's channel that feeds each input; known once proven.
         difference: what the proof measured.
     """
@@ -57,6 +58,25 @@ class ResolvedMapping:
         names = (self.smooth_name, *self.balance)
         return tuple(
             (n.removeprefix(block.name), tuple(block_shape(m))) for n, m in zip(names, self._modules(), strict=True)
+        )
+
+    def moved(self, source: str, block: Block) -> "ResolvedMapping":
+        """The same mapping in another block of the structure of block ``source``."""
+        names = [block.name + name.removeprefix(source) for name in (self.smooth_name, *self.balance)]
+        modules = dict(block.named_modules())
+        mapping = AWQMapping(names[0], names[1:])
+        balance = {name: modules[name] for name in names[1:]}
+        return replace(self, mapping=mapping, smooth_name=names[0], smooth=modules[names[0]], balance=balance)
+
+    @classmethod
+    def discovered(cls, found: Discovery, block: Block) -> "ResolvedMapping":
+        """A mapping that running the block found."""
+        modules = dict(block.named_modules())
+        balance = {name: modules[name] for name in found.balance}
+        mapping = AWQMapping(found.smooth, list(found.balance))
+        proof = found.proof
+        return cls(
+            mapping, found.smooth, modules[found.smooth], balance, "discovery", proof.channel_map, proof.difference
         )
 
     def _modules(self) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from bitpress.quantization import (
     preset_name_to_scheme,
 )
 from bitpress.solvers import check_finite, output_error, round_to_nearest
-from bitpress.statistics import InputStatistics
+from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def _figures(
         "bits": quantized.args.num_bits,
         "weight_error": float(delta.square().sum() / sampled.square().sum().clamp(min=1e-30)),
     }
-    if statistics is not None and statistics.rows:
+    if statistics is not None and statistics.rows and Statistic.GRAM in statistics.wanted:
         gram = statistics.gram
         figures["relative_error"] = output_error(delta, gram) / max(output_error(sampled, gram), 1e-30)
     return figures

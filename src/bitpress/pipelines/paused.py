@@ -7,6 +7,7 @@ control flow are whatever the model's own code makes them.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -44,14 +45,14 @@ class PausePoints:
 
     def run(self, block: Block, call: Call) -> Any:
         """The block's own forward on the arguments of a call, outside of any paused forward."""
-        return self._forwards[block.name](*call.args, **call.kwargs)
+        return call.of(self._forwards[block.name])
 
     def _pausing(self, block: Block) -> Callable[..., Any]:
         def pause(*args: Any, **kwargs: Any) -> Any:
             here = getcurrent()
             if not isinstance(here, _Forward):
                 return self._forwards[block.name](*args, **kwargs)
-            return here.hand_over(block, Call(args, kwargs))
+            return here.hand_over(block, args, kwargs)
 
         return pause
 
@@ -59,10 +60,10 @@ class PausePoints:
 class _Forward(greenlet):  # type: ignore[misc]
     """A greenlet that keeps the thread's torch state of its own across switches."""
 
-    def hand_over(self, block: Block, call: Call) -> Any:
+    def hand_over(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inside = _TorchState()
         try:
-            return self.parent.switch((block, call))
+            return self.parent.switch((block, Call(args, kwargs, inside.entered)))
         finally:
             inside.put()
 
@@ -81,6 +82,7 @@ class PausedForward:
         self.call: Call | None = None
         self.result: Any = None
         self._greenlet = _Forward(lambda: model(*args, **kwargs))
+        self._greenlet.gr_context = copy_context()
         self._guard: Any = None
 
     @property
@@ -135,6 +137,17 @@ class _TorchState:
         self.cache = torch.is_autocast_cache_enabled()
         self.function_modes = _function_modes()
         self.dispatch_modes = _dispatch_modes()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside the ``with`` this state, but for gradients: what is computed there is the scheduler's."""
+        outside = _TorchState()
+        try:
+            self.put()
+            torch.set_grad_enabled(outside.grad)
+            yield
+        finally:
+            outside.put()
 
     def put(self) -> None:
         torch.set_grad_enabled(self.grad)

@@ -48,15 +48,21 @@ def dry_run(state: State, probe: Batch) -> list[str]:
     order: list[str] = []
     with points.installed():
         forward = PausedForward(state.model, probe.args, probe.kwargs)
-        forward.resume()
-        while forward.at is not None and forward.call is not None:
-            block, call = forward.at, forward.call
-            block.calls.append(call)
-            order.append(block.name)
-            forward.resume(points.run(block, call))
+        try:
+            forward.resume()
+            while forward.at is not None:
+                block, call = forward.at, forward.waiting_for
+                block.calls.append(call)
+                order.append(block.name)
+                forward.resume(points.run(block, call))
+        finally:
+            forward.stop()
     for block in state.blocks:
         if not block.calls:
-            logger.warning("%s is not run by the model's forward: its layers are quantized without data.", block.label)
+            logger.warning(
+                "%s did not run in the dry run: its layers are quantized without data, unless a later batch runs it.",
+                block.label,
+            )
     return order
 
 

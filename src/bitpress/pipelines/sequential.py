@@ -7,6 +7,7 @@ block sees what the compressed model will feed it.
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -67,6 +68,7 @@ class _Schedule:
             for forward in self.forwards:
                 forward.resume()
         for position, name in enumerate(order):
+            self._detours(left)
             left[name] -= 1
             block, collector = blocks[name], collectors[name]
             if left[name]:
@@ -77,6 +79,19 @@ class _Schedule:
             if block.name not in left:
                 self._solve(block, make_collector(self.state, self.modifiers, {}))
 
+    def _detours(self, left: Counter[str]) -> None:
+        """Where a batch waits for a call that the dry run did not make: solve the block now, or run it as it was.
+
+        The plan of the rest is not changed by it; blocks that were solved already do not see these calls.
+        """
+        while waiting := {f.at.name: f.at for f in self.forwards if f.at is not None and not left[f.at.name]}:
+            for name, block in waiting.items():
+                if name in left:
+                    self._propagate(block)
+                else:
+                    left[name] = 0
+                    self._finish(block, make_collector(self.state, self.modifiers, block.layers), last=False)
+
     def _at(self, block: Block) -> list[int]:
         """Batches whose forward waits for this block; one that takes another way through the model waits elsewhere."""
         return [i for i, forward in enumerate(self.forwards) if forward.at is block]
@@ -84,11 +99,19 @@ class _Schedule:
     def _calibrate(self, block: Block, collector: InputCollector, *, go_on: bool) -> None:
         """Run the block with its old weights; ``go_on`` if these outputs are what the forwards get."""
         self._say(block, "calibrate")
-        with collector.watching(), self.state.watch.phase("calibrate"):
+        # A block that is a layer itself has run its hooks by now: the model called it, and it paused in its forward.
+        is_layer = block.name in block.layers
+        # Hooks that move weights to and fro count on every call to end.
+        offloads = any(hasattr(module, "_hf_hook") for module in block.module.modules())
+        with nullcontext() if is_layer else collector.watching(), self.state.watch.phase("calibrate"):
             for index in self._at(block):
                 forward = self.forwards[index]
-                with collector.batch(index, self.masks[index]):
-                    output = self.points.run(block, forward.waiting_for)
+                call = forward.waiting_for
+                output = None
+                with collector.batch(index, self.masks[index], output_needed=go_on or offloads):
+                    if is_layer:
+                        collector.observe(block.name, call.args, call.kwargs)
+                    output = self.points.run(block, call)
                 if go_on:
                     forward.resume(output)
                 del output

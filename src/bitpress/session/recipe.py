@@ -49,17 +49,28 @@ class Recipe:
     @classmethod
     def _from_text_or_file(cls, source: str | os.PathLike[str]) -> "Recipe":
         text = os.fspath(source)
+        if not text.strip():
+            raise BitpressError("the recipe is empty: give at least one modifier.")
+        if isinstance(source, os.PathLike) or ("\n" not in text and text.endswith(SUFFIXES)):
+            return cls._from_file(Path(text).expanduser())
         if "\n" in text or ":" in text.replace(":\\", ""):
             return cls.from_yaml(text)
-        path = Path(text).expanduser()
-        if path.suffix in SUFFIXES or path.exists():
-            if not path.is_file():
-                raise BitpressError(f"the recipe file {path} does not exist.")
-            return cls.from_yaml(path.read_text(), str(path))
+        if Path(text).is_file():
+            return cls._from_file(Path(text))
         shipped = shipped_recipes()
         if text not in shipped:
             raise BitpressError(f"no recipe is called {text!r}{nearest(text, list(shipped))}")
         return cls.from_yaml(shipped[text].read_text(), f"{text}.yaml")
+
+    @classmethod
+    def _from_file(cls, path: Path) -> "Recipe":
+        if not path.is_file():
+            raise BitpressError(f"the recipe file {path} does not exist.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise BitpressError(f"the recipe file {path} is not text: {error}") from error
+        return cls.from_yaml(text, str(path))
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "the recipe") -> "Recipe":
@@ -68,7 +79,7 @@ class Recipe:
             loader = yaml.SafeLoader(text)
             node = loader.get_single_node()
         except yaml.YAMLError as error:
-            raise BitpressError(f"{where} is not YAML: {error}") from error
+            raise _not_yaml(error, where) from error
         found = tuple(_build(loader, key, value, where) for key, value in _entries(node, where))
         if not found:
             raise BitpressError(f"{where} names no modifier.")
@@ -113,16 +124,25 @@ def _build(loader: yaml.SafeLoader, key: yaml.Node, value: yaml.Node, where: str
     at = f"{where}, line {_line(key)}"
     if name not in Modifier.known:
         raise BitpressError(f"{at}: no modifier is called {name!r}{nearest(name, list(Modifier.known))}")
-    fields: Any = loader.construct_object(value, deep=True)
+    try:
+        fields: Any = loader.construct_object(value, deep=True)
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, where) from error
     if fields is None:
         fields = {}
     if not isinstance(fields, dict):
         raise BitpressError(f"{at}: the fields of {name} are a mapping, not {type(fields).__name__}.")
     try:
-        return Modifier.known[name](**fields)
+        return Modifier.known[name](**{str(field): stated for field, stated in fields.items()})
     except FieldError as error:
         lines = {str(k.value): _line(k) for k, _ in value.value}
         raise BitpressError(f"{where}, line {lines.get(error.field, _line(key))}: {error}") from error
+
+
+def _not_yaml(error: yaml.YAMLError, where: str) -> BitpressError:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark is not None else ""
+    return BitpressError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}")
 
 
 def _line(node: yaml.Node) -> int:

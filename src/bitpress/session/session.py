@@ -12,12 +12,15 @@ from torch import nn
 from bitpress.checkpoints import attach, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
+from bitpress.models.linears import in_features, weight_matrix
 from bitpress.modifiers import State
 from bitpress.modifiers.quantization import resolve_all
 from bitpress.pipelines import dry_run, infer_pipeline, run
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.solving import Progress
 from bitpress.session.recipe import Recipe, RecipeLike
+from bitpress.solvers import check_finite
+from bitpress.statistics import InputCollector, Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class Session:
         modifiers = list(self.recipe.modifiers)
         schemes, owners = resolve_all(modifiers, self.model)
         layers = {name: self.model.get_submodule(name) for name in schemes}
+        for name, layer in layers.items():
+            check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed)
 
@@ -78,7 +83,7 @@ class Session:
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
             with calibrating(self.model), self.state.watch.phase("dry run"):
-                self._order = dry_run(self.state, self._prepared(data.probe()))
+                self._order = self._dry_run(self._prepared(data.probe()))
         with calibrating(self.model), self.state.watch.phase("proofs"):
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
@@ -87,6 +92,14 @@ class Session:
         self.pipeline = infer_pipeline(
             self._named_pipeline, self.state, self.recipe.modifiers, has_data=data is not None
         )
+
+    def _dry_run(self, probe: Batch) -> list[str]:
+        """The order of the blocks; NaN and infinities are refused here, where no proof of a mapping can blame them."""
+        layers = {name: layer for block in self.state.blocks for name, layer in block.layers.items()}
+        widths = {name: in_features(layer) for name, layer in layers.items()}
+        collector = InputCollector(layers, widths, dict.fromkeys(layers, Statistic.MAX_MAGNITUDE))
+        with collector.watching(), collector.batch(0, probe.mask()):
+            return dry_run(self.state, probe)
 
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""

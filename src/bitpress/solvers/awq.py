@@ -21,13 +21,13 @@ from torch import Tensor
 from bitpress.quantization.grid import fake_quantize, group_view
 from bitpress.solvers.ranges import minmax_parameters
 
-# (stop, keep): after the rows i with i % DEAL < stop, only the best `keep` candidates go on.
+# (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
 PARTS = 16
-ROUNDS = ((1, 5), (4, 1), (PARTS, 1))
+ROUNDS = ((1, 6), (3, 3), (8, 1), (PARTS, 1))
 # Rows that the first round sees at least.
 LEAST_ROWS = 32
 # A channel that was all but dead in calibration may not be later: its magnitude counts as this share of the mean.
-LEAST_MAGNITUDE = 0.05
+LEAST_MAGNITUDE = 0.01
 # Elements of the weights of all candidates that are scored at once.
 CHUNK = 1 << 20
 
@@ -83,7 +83,7 @@ def search_scales(
         mean_magnitude: (in,), float32, its mean magnitude.
         channel_map: (in,), int64: the channel of the producer that feeds each input, where several inputs share one
             (grouped-query attention); None if each has its own.
-        n_grid: exponents that are tried, from 0 to 1 - 1/n_grid.
+        n_grid: exponents that are tried, from 0 to 1 - 1/n_grid; 0 only measures.
         duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
     """
     weights = [layer.weight.float() for layer in layers]
@@ -148,24 +148,33 @@ def _race(
         for layer, weight in zip(layers, weights, strict=True)
     ]
     untouched = sum(float(r.double().sum()) for r in rows)
-    # The rows that hold most of the error first: they decide.
-    weights = [weight[r.argsort(descending=True)] for weight, r in zip(weights, rows, strict=True)]
+    weights = [weight[_order(layer, r)] for layer, weight, r in zip(layers, weights, rows, strict=True)]
     parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
     alive = list(range(1, len(scales)))
     errors = torch.zeros(len(scales), dtype=torch.float64)
     seen = 0
     for stop, keep in ROUNDS:
         until = -(-stop * parts // PARTS)
+        if until == seen:
+            continue  # few rows: no more is known than after the round before
         for layer, weight in zip(layers, weights, strict=True):
             of_round = slice(weight.shape[0] * seen // parts, weight.shape[0] * until // parts)
             found = _row_errors(layer, weight, of_round, gram, scales[alive])
             errors[alive] += found.double().sum(1).cpu()
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
-    best = alive[0]
-    if errors[best] >= untouched:
+    best = alive[0] if alive else 0
+    if not best or errors[best] >= untouched:
         return 0, {0: untouched}
     return best, {0: untouched, best: float(errors[best])}
+
+
+def _order(layer: BalanceWeight, errors: Tensor) -> Tensor:
+    """The rows that hold most of the error first: they decide. Where rows share a range, every so many rows instead."""
+    if layer.args.strategy != QuantizationStrategy.TENSOR:
+        return errors.argsort(descending=True)
+    rows = torch.arange(len(errors), device=errors.device)
+    return torch.cat([rows[i::PARTS] for i in range(PARTS)])
 
 
 def _row_errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:

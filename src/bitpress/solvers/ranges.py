@@ -11,7 +11,7 @@ from bitpress.errors import BitpressError
 from bitpress.quantization.grid import CHUNK, affine_parameters, group_view, integer_range
 from bitpress.quantization.weights import QuantizedWeight
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.68)
 
 
 def minmax_parameters(weight: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,8 @@ def check_finite(weight: Tensor, name: str) -> None:
     Raises:
         BitpressError: names the tensor and how many values are not finite.
     """
+    if not weight.numel() or torch.stack(weight.aminmax()).isfinite().all():
+        return
     bad = weight.numel() - int(weight.isfinite().sum())
     if bad:
         raise BitpressError(

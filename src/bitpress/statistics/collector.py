@@ -1,16 +1,22 @@
 """Collecting statistics while a block runs: once for each distinct input tensor."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.statistics.inputs import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
+
+
+class AllSeen(BaseException):
+    """Ends a block's run whose output nobody needs, once the inputs of all its layers have been seen."""
 
 
 class InputCollector:
@@ -27,6 +33,9 @@ class InputCollector:
         self._seen: dict[tuple[Any, ...], _Leader] = {}
         self._batch: int | str = 0
         self._mask: Tensor | None = None
+        self._output_needed = True
+        self._ran: Counter[str] = Counter()
+        self._once_each = False
 
     @property
     def statistics(self) -> dict[str, InputStatistics]:
@@ -52,21 +61,37 @@ class InputCollector:
             self._seen.clear()
 
     @contextmanager
-    def batch(self, index: int | str, mask: Tensor | None = None) -> Iterator[None]:
-        """One run of the block. ``mask`` (rows, positions), bool, says which positions are not padding."""
-        self._batch, self._mask = index, mask
+    def batch(self, index: int | str, mask: Tensor | None = None, *, output_needed: bool = True) -> Iterator[None]:
+        """One run of the block.
+
+        Args:
+            index: the batch's number, for messages.
+            mask: (rows, positions), bool: which positions are not padding.
+            output_needed: False if only the inputs of the layers matter. After a first run in which each layer ran
+                once, a run then ends inside the ``with`` when all have been seen: the last layer is not computed.
+        """
+        self._batch, self._mask, self._output_needed = index, mask, output_needed
         self._seen.clear()
+        self._ran.clear()
         try:
             yield
+            self._once_each = self._ran == dict.fromkeys(self._layers, 1)
+        except AllSeen:
+            pass
         finally:
             self._seen.clear()
 
-    def _hook(self, name: str) -> Any:
-        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._observe(name, x)
+    def observe(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in the arguments of one call of layer ``name``, as the hooks of :meth:`watching` do."""
+        if name not in self._layers:
+            return
+        self._observe(name, args[0] if args else next(iter(kwargs.values())))
+        self._ran[name] += 1
+        if self._once_each and not self._output_needed and len(self._ran) == len(self._layers):
+            raise AllSeen
 
-        return observe
+    def _hook(self, name: str) -> Any:
+        return lambda _, args, kwargs: self.observe(name, args, kwargs)
 
     def _observe(self, name: str, x: Tensor) -> None:
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, _version(x), self._wanted[name])

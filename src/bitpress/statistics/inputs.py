@@ -56,16 +56,17 @@ class InputStatistics:
             return
         magnitude = x.abs()
         if self._sum is not None:
-            self._sum += magnitude.sum(0)
+            # A product with ones: on a CPU faster than a sum over rows.
+            self._sum.addmv_(magnitude.T, magnitude.new_ones(len(magnitude)))
         if self._max is not None:
             torch.maximum(self._max, magnitude.amax(0), out=self._max)
 
     def is_finite(self) -> bool:
         """False once a NaN, an infinity or an overflow of a sum was taken in."""
-        kept = [t for t in (self._sum, self._max) if t is not None]
-        if not kept and self._lower is not None:
-            kept.append(self._lower.diagonal())
-        return all(bool(t.isfinite().all()) for t in kept)
+        if self._lower is not None:
+            # Sums of squares: finite only if all the rest is.
+            return bool(self._lower.diagonal().isfinite().all())
+        return all(bool(t.isfinite().all()) for t in (self._sum, self._max) if t is not None)
 
     @property
     def gram(self) -> Tensor:
