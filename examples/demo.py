@@ -55,9 +55,9 @@ def main() -> None:
 
     console.print("Compressing: AWQ, 4 bits, groups of 64, calibrated on 16 x 512 tokens of two other novels")
     dataset = calibration_tokens(tokenizer, 16, 512).tolist()
-    memory, start = peak_gib(), time.perf_counter()
+    loaded_gib, start = peak_gib(), time.perf_counter()
     oneshot(model, dataset, RECIPE, tokenizer=tokenizer, num_calibration_samples=16, progress=True)
-    seconds, memory = time.perf_counter() - start, peak_gib() - memory
+    seconds, gib = time.perf_counter() - start, peak_gib()
     shutil.rmtree(OUT, ignore_errors=True)
     model.save_pretrained(OUT)
 
@@ -69,19 +69,21 @@ def main() -> None:
             "perplexity": perplexity(loaded, tokenizer),
             "text": go_on(loaded, tokenizer),
         }
-    console.print(result_table(before, after, seconds, memory, same))
+    console.print(
+        result_table(before, after, {"seconds": seconds, "gib": gib, "above": gib - loaded_gib, "same": same})
+    )
     console.print(f"The checkpoint is in {OUT}")
 
 
-def result_table(before: dict, after: dict, seconds: float, memory: float, same: bool) -> Table:
+def result_table(before: dict, after: dict, run: dict) -> Table:
     table = Table("", "before", "after", title="SmolLM2-135M-Instruct", title_justify="left")
     table.add_row("weights on disk", f"{before['size']:.0f} MB", f"{after['size']:.0f} MB")
     table.add_row("perplexity, Northanger Abbey", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
     table.add_row(f"“{PROMPT} …”", before["text"], after["text"])
     table.add_section()
-    table.add_row("compression took", "", f"{seconds:.0f} s")
-    table.add_row("memory above the loaded model", "", f"{memory:.2f} GiB")
-    table.add_row("checkpoint says what memory says", "", "bit for bit" if same else "NO")
+    table.add_row("compression took", "", f"{run['seconds']:.0f} s")
+    table.add_row("peak memory", "", f"{run['gib']:.2f} GiB, {run['above']:.2f} above the loaded model")
+    table.add_row("checkpoint says what memory says", "", "bit for bit" if run["same"] else "NO")
     return table
 
 

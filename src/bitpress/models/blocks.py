@@ -96,11 +96,13 @@ def _block_names(
             raise BitpressError(f"sequential_targets {patterns} match no module that holds a targeted layer.")
         return _outermost(chosen)
     hints = set(getattr(model, "_no_split_modules", None) or ())
-    hinted = [n for n, m in model.named_modules() if n in holders and type(m).__name__ in hints]
-    if len(hinted) > 1:
-        return _outermost(hinted)
+    hinted = [n for n, m in model.named_modules() if n in holders and type(m).__name__ in hints and n not in layers]
+    blocks = set(_outermost(hinted)) if len(hinted) > 1 else set()
+    # The rest of the model, say an encoder whose decoder alone is hinted at
     children = [f"{n}.{c}" if n else c for n, m in model.named_modules() for c in _repeated(m)]
-    return _outermost([n for n in children if n in holders and n not in layers])
+    around = {ancestor for name in blocks for ancestor in _ancestors(name)}
+    blocks.update(n for n in children if n in holders and n not in layers and n not in around)
+    return _outermost([n for n, _ in model.named_modules() if n in blocks])
 
 
 def _repeated(module: nn.Module) -> list[str]:

@@ -129,15 +129,21 @@ class Session:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the ``with``; each module's own mode again after it."""
+    """Evaluation mode, no gradients and no cache inside the ``with``; the model's own settings again after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    if caches is not None:
+        config.use_cache = False
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        if caches is not None:
+            config.use_cache = caches
 
 
 def parameters_bytes(model: nn.Module) -> int:

@@ -52,7 +52,8 @@ class AWQ:
     """The scales that won.
 
     Attributes:
-        scales: (channels,), float32, > 0; all ones where nothing beats leaving the layer alone.
+        scales: (channels,), float32, > 0: of the producer's channels up to the last that feeds an input; ones for those
+            that feed none, and where nothing beats leaving the layers alone.
         ratio: the exponent r, or None for all ones.
         duo: whether the weight's magnitude had its share.
         error: squared output error of the quantized layers with the scales.
@@ -89,12 +90,16 @@ def search_scales(
     weights = [layer.weight.float() for layer in layers]
     if channel_map is None:
         channel_map = torch.arange(gram.shape[0], device=gram.device)
-    magnitude = _pool(mean_magnitude, channel_map)
+    # Only channels that feed an input have a scale to be found.
+    feeding, channel = channel_map.unique(return_inverse=True)
+    magnitude = _pool(mean_magnitude, channel)
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
-    weight_magnitude = _pool(_weight_magnitude(weights, layers), channel_map)
-    ratios, duos, scales = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
-    best, errors = _race(layers, weights, gram, scales[:, channel_map])
-    return AWQ(scales[best], ratios[best], duos[best], errors[best], errors[0])
+    weight_magnitude = _pool(_weight_magnitude(weights, layers), channel)
+    ratios, duos, candidates = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
+    best, errors = _race(layers, weights, gram, candidates[:, channel])
+    scales = torch.ones(int(feeding[-1]) + 1, device=gram.device)
+    scales[feeding] = candidates[best]
+    return AWQ(scales, ratios[best], duos[best], errors[best], errors[0])
 
 
 def candidate_scales(
@@ -119,12 +124,13 @@ def candidate_scales(
     return ratios, duos, torch.stack(scales)
 
 
-def _pool(per_input: Tensor, channel_map: Tensor) -> Tensor:
-    """The mean over the inputs that one producer channel feeds; 1 for a channel that feeds none."""
-    channels = int(channel_map.max()) + 1
-    total = torch.zeros(channels, dtype=per_input.dtype, device=per_input.device).index_add_(0, channel_map, per_input)
-    count = torch.bincount(channel_map, minlength=channels)
-    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
+    """The mean over the inputs that one producer channel feeds."""
+    count = torch.bincount(channel)
+    return (
+        torch.zeros(len(count), dtype=per_input.dtype, device=per_input.device).index_add_(0, channel, per_input)
+        / count
+    )
 
 
 def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]) -> Tensor:

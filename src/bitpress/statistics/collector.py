@@ -85,7 +85,9 @@ class InputCollector:
         """Take in the arguments of one call of layer ``name``, as the hooks of :meth:`watching` do."""
         if name not in self._layers:
             return
-        self._observe(name, args[0] if args else next(iter(kwargs.values())))
+        # Whatever mode the model's forward is in: the statistics outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._observe(name, args[0] if args else next(iter(kwargs.values())))
         self._ran[name] += 1
         if self._once_each and not self._output_needed and len(self._ran) == len(self._layers):
             raise AllSeen
