@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from compressed_tensors.utils import is_match
 from torch import nn
 
+from bitpress.models.linears import is_linear
 from bitpress.quantization import QuantizationScheme
 
 FORMAT = CompressionFormat.pack_quantized.value
@@ -50,4 +51,5 @@ def quantization_config(model: nn.Module, layers: Mapping[str, nn.Module]) -> di
 
 
 def _is_read_as_linear(name: str, module: nn.Module, targets: list[str]) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) and is_match(name, module, targets)
+    # Conv1D too: stored dense, it must not be targeted, or compressed-tensors 0.17 refuses to load the checkpoint.
+    return (is_linear(module) or isinstance(module, nn.Embedding)) and is_match(name, module, targets)
