@@ -291,7 +291,8 @@ def test_does_not_depend_on_how_candidates_are_chunked(monkeypatch, chunk):
     layers = [BalanceWeight(weight_of(160, 64), int_args(4), torch.float32)]
     x = activations(200, 64)
     whole = search(layers, x)
-    monkeypatch.setattr(awq, "CHUNK", chunk)
+    monkeypatch.setattr(awq, "SEARCH_CHUNK", chunk)
+    monkeypatch.setattr(awq, "CANDIDATES", 3)
     chunked = search(layers, x)
     assert chunked.error == pytest.approx(whole.error, rel=1e-5)
     assert torch.equal(chunked.scales, whole.scales)

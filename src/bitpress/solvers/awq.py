@@ -18,8 +18,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from bitpress.quantization.grid import fake_quantize, group_view
-from bitpress.solvers.ranges import minmax_parameters
+from bitpress.quantization.grid import SEARCH_CHUNK, affine_floats, group_view, off_grid
+from bitpress.solvers.ranges import weight_ranges
 
 # (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
 PARTS = 16
@@ -28,8 +28,8 @@ ROUNDS = ((1, 6), (3, 3), (8, 1), (PARTS, 1))
 LEAST_ROWS = 32
 # A channel that was all but dead in calibration may not be later: its magnitude counts as this share of the mean.
 LEAST_MAGNITUDE = 0.01
-# Elements of the weights of all candidates that are scored at once.
-CHUNK = 1 << 20
+# Candidates that are scored in one product, on as many rows as stay in the cache.
+CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -185,23 +185,29 @@ def _order(layer: BalanceWeight, errors: Tensor) -> Tensor:
 
 def _row_errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
     """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows)."""
-    part = weight[rows]
-    if not len(part):
-        return part.new_zeros(len(scales), 0)
-    found = []
-    for chosen in scales.split(max(1, CHUNK // part.numel())):
-        delta = part.new_empty(len(chosen), *part.shape)
-        for s, out in zip(chosen, delta, strict=True):
-            _delta(layer, weight, part, s, out)
-        product = (delta.flatten(0, 1) @ gram).view_as(delta)
-        found.append(product.mul_(delta).sum(-1))
-    return torch.cat(found)
+    errors = weight.new_empty(len(scales), len(weight[rows]))
+    whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
+    done = 0
+    for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1])):
+        buffer = part.new_empty(min(CANDIDATES, len(scales)), *part.shape)
+        scratch = torch.empty_like(part)
+        for first in range(0, len(scales), CANDIDATES):
+            chosen = scales[first : first + CANDIDATES]
+            delta = buffer[: len(chosen)]
+            for s, out in zip(chosen, delta, strict=True):
+                _delta(layer, whole, part, s, out, scratch)
+            product = (delta.flatten(0, 1) @ gram).view_as(delta)
+            errors[first : first + len(chosen), done : done + len(part)] = product.mul_(delta).sum(-1)
+        done += len(part)
+    return errors
 
 
-def _delta(layer: BalanceWeight, weight: Tensor, part: Tensor, s: Tensor, out: Tensor) -> None:
-    """Write ``Q(W s) / s - W`` of the rows ``part`` of ``weight`` to ``out``."""
+def _delta(layer: BalanceWeight, whole: Tensor | None, part: Tensor, s: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """Write ``Q(W s) / s - W`` of the rows ``part`` to ``out``; ``whole`` is the weight if all rows share a range."""
+    args = layer.args
     torch.mul(part, s, out=out)
-    whole = weight * s if layer.args.strategy == QuantizationStrategy.TENSOR else out
-    scale, zero_point = minmax_parameters(whole, layer.args, layer.dtype)
-    offset = None if layer.args.symmetric else zero_point
-    fake_quantize(out, scale.float(), offset, layer.args, out=out).div_(s).sub_(part)
+    ranges = weight_ranges(out if whole is None else whole * s, args)
+    scale, zero_point = (p.unsqueeze(-1) for p in affine_floats(*ranges, args, layer.dtype))
+    view = group_view(out, args)
+    off_grid(view, scale, zero_point, args, out=view, scratch=group_view(scratch, args)).mul_(scale)
+    out.mul_(s.reciprocal())

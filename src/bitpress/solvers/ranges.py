@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from bitpress.errors import BitpressError
-from bitpress.quantization.grid import CHUNK, affine_parameters, group_view, integer_range
+from bitpress.quantization.grid import SEARCH_CHUNK, affine_floats, affine_parameters, group_view, off_grid
 from bitpress.quantization.weights import QuantizedWeight
 
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.68)
@@ -19,14 +19,17 @@ def minmax_parameters(weight: Tensor, args: QuantizationArgs, dtype: torch.dtype
 
     Shapes, behind the leading dimensions: (1,) per tensor, (out, 1) per channel, (out, groups) per group.
     """
+    return affine_parameters(*weight_ranges(weight, args), args, dtype)
+
+
+def weight_ranges(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of each group of ``weight``; shapes as :func:`minmax_parameters`."""
     if args.strategy == QuantizationStrategy.TENSOR:
         view = weight.flatten(-2)
-        minimum, maximum = view.amin(-1, keepdim=True), view.amax(-1, keepdim=True)
-    else:
-        # Two vectorized passes: on a CPU four times as fast as aminmax, which is not.
-        view = group_view(weight, args)
-        minimum, maximum = view.amin(-1), view.amax(-1)
-    return affine_parameters(minimum, maximum, args, dtype)
+        return view.amin(-1, keepdim=True), view.amax(-1, keepdim=True)
+    # Two vectorized passes: on a CPU four times as fast as aminmax, which is not.
+    view = group_view(weight, args)
+    return view.amin(-1), view.amax(-1)
 
 
 def search_parameters(
@@ -53,7 +56,7 @@ def search_parameters(
         return minmax_parameters(weight, args, dtype)
     size = args.group_size if args.strategy == QuantizationStrategy.GROUP else weight.shape[1]
     blocks = torch.stack([gram[i : i + size, i : i + size] for i in range(0, weight.shape[1], size)])
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, SEARCH_CHUNK // weight.shape[1])
     found = [_search_rows(rows, args, blocks, dtype, shrinks) for rows in weight.split(step)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
 
@@ -64,20 +67,18 @@ def _search_rows(
     """The search on a few rows; ``blocks`` is (groups, size, size)."""
     view = group_view(rows, args).transpose(0, 1).contiguous()
     minimum, maximum = view.amin(-1), view.amax(-1)
-    q_min, q_max = integer_range(args)
+    error, scratch, product = torch.empty_like(view), torch.empty_like(view), torch.empty_like(view)
     least = torch.full_like(minimum, math.inf)
-    best = affine_parameters(minimum, maximum, args, dtype)
-    error = torch.empty_like(view)
+    chosen = torch.ones_like(minimum)
     for shrink in shrinks:
-        scale, zero_point = affine_parameters(minimum * shrink, maximum * shrink, args, dtype)
-        s, z = scale.float().unsqueeze(-1), zero_point.float().unsqueeze(-1)
-        torch.div(view, s, out=error)
-        error.add_(z).clamp_(q_min, q_max).round_().sub_(z).mul_(s).sub_(view)
-        cost = torch.bmm(error, blocks).mul_(error).sum(-1)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
-    return best[0].T.contiguous(), best[1].T.contiguous()
+        s, z = affine_floats(minimum * shrink, maximum * shrink, args, dtype)
+        off_grid(view, s.unsqueeze(-1), z.unsqueeze(-1), args, out=error, scratch=scratch)
+        # In steps; a group's error is its scale times that.
+        cost = torch.bmm(error, blocks, out=product).mul_(error).sum(-1).mul_(s).mul_(s)
+        chosen.masked_fill_(cost < least, shrink)
+        torch.minimum(cost, least, out=least)
+    scale, zero_point = affine_parameters(minimum * chosen, maximum * chosen, args, dtype)
+    return scale.T.contiguous(), zero_point.T.contiguous()
 
 
 def round_to_nearest(
