@@ -243,3 +243,7 @@ def test_tensors_do_not_leak_between_resolutions():
     first, second = (resolve_mapping(UP_DOWN, block, "user")[0] for _ in range(2))
     first.channel_map = torch.arange(8)
     assert second.channel_map is None
+
+
+def test_one_balance_layer_needs_no_list():
+    assert AWQMapping("a", "b") == AWQMapping("a", ["b"])

@@ -90,6 +90,8 @@ class AWQModifier(QuantizationModifier):
         """Resolve the mappings in every block and prove them."""
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
+        if not any(block.calls for block in state.blocks):
+            raise BitpressError("AWQModifier needs calibration data, but no dataset was given: give oneshot one.")
         registered = registered_mappings(state.model)
         if self.mappings is not None:
             self._resolved = {block.name: self._resolve(self.mappings, block, "user") for block in state.blocks}
@@ -118,6 +120,10 @@ class AWQModifier(QuantizationModifier):
         if self.clip:
             self._choose_ranges(state, block)
         super().on_block(state, block)
+
+    def on_finalize(self, state: State) -> None:
+        """Let go of the model's layers: the modifier may serve another model."""
+        self._resolved = {}
 
     def _choose_ranges(self, state: State, block: Block) -> None:
         for name, layer in block.layers.items():

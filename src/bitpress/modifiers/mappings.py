@@ -27,6 +27,11 @@ class AWQMapping:
     smooth_layer: str
     balance_layers: Sequence[str]
 
+    def __post_init__(self) -> None:
+        """One balance layer may be given without a list."""
+        if isinstance(self.balance_layers, str):
+            object.__setattr__(self, "balance_layers", [self.balance_layers])
+
     def __str__(self) -> str:
         return f"AWQMapping({self.smooth_layer!r}, {list(self.balance_layers)!r})"
 
