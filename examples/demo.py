@@ -1,5 +1,9 @@
 """The main job, from a real model to a small checkpoint: `make demo` runs this."""
 
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; ours stays
+
 import shutil
 import tempfile
 import time
@@ -8,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from smollm2 import calibration_tokens, load_smollm2, peak_gib, perplexity
+from smollm2 import calibration_tokens, load_smollm2, peak_since_reset_gib, perplexity, reset_peak
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -55,9 +59,9 @@ def main() -> None:
 
     console.print("Compressing: AWQ, 4 bits, groups of 64, calibrated on 16 x 512 tokens of two other novels")
     dataset = calibration_tokens(tokenizer, 16, 512).tolist()
-    loaded_gib, start = peak_gib(), time.perf_counter()
+    loaded_gib, start = reset_peak(), time.perf_counter()
     oneshot(model, dataset, RECIPE, tokenizer=tokenizer, num_calibration_samples=16, progress=True)
-    seconds, gib = time.perf_counter() - start, peak_gib()
+    seconds, gib = time.perf_counter() - start, peak_since_reset_gib()
     shutil.rmtree(OUT, ignore_errors=True)
     model.save_pretrained(OUT)
 

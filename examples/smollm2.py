@@ -74,6 +74,25 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def reset_peak() -> float:
+    """Forget the peak so far, where the system can (Linux), and return the memory in use, in GiB."""
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return peak_gib()
+    refs.write_text("5")
+    return _status_gib("VmRSS")
+
+
+def peak_since_reset_gib() -> float:
+    """The most memory since :func:`reset_peak`."""
+    return _status_gib("VmHWM") if Path("/proc/self/status").exists() else peak_gib()
+
+
+def _status_gib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
+
+
 def report(**row) -> None:
     """One line that a program can read."""
     print("RESULT", json.dumps(row), flush=True)
