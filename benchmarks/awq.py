@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--duo-scaling", default="true", choices=["true", "false", "both"])
+    parser.add_argument("--no-clip", action="store_true", help="ranges from the least to the greatest value")
     parser.add_argument(
         "--forward",
         action="store_true",
@@ -56,7 +57,7 @@ def main() -> None:
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     quantize = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
     duo = {"true": True, "false": False}.get(args.duo_scaling, "both")
-    recipe = [quantize] if args.algorithm == "rtn" else [AWQModifier(duo_scaling=duo), quantize]
+    recipe = [quantize] if args.algorithm == "rtn" else [AWQModifier(duo_scaling=duo, clip=not args.no_clip), quantize]
 
     plain = [forward_seconds(model, tokens, args.batch_size)] if args.forward else []
     base, start = peak_gib(), time.perf_counter()

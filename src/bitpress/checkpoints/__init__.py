@@ -2,8 +2,9 @@
 
 from bitpress.checkpoints.attached import attach, attached_layers, is_quantized, packed_weight
 from bitpress.checkpoints.changes import Changes
+from bitpress.checkpoints.directory import check_destination
 from bitpress.checkpoints.loading import load
-from bitpress.checkpoints.saving import bind_save_pretrained, check_destination, save
+from bitpress.checkpoints.saving import bind_save_pretrained, save
 
 __all__ = [
     "Changes",

@@ -225,6 +225,3 @@ def _warn_of_broken_pair(packed: dict[str, PackedWeight]) -> None:
             "compressed-tensors 0.17.1.",
             stacklevel=4,
         )
-
-
-__all__ = ["Companions", "bind_save_pretrained", "check_destination", "save"]

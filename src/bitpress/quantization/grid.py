@@ -122,7 +122,7 @@ def _to_grid(
 def _from_grid(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     q = q.to(scale.dtype)
     if zero_point is not None:
-        q = q.sub_(zero_point.to(scale.dtype)) if q.is_floating_point() else q - zero_point
+        q.sub_(zero_point.to(scale.dtype))
     return q.mul_(scale)
 
 
