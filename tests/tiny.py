@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from bitpress.models.blocks import Block, find_blocks
+from bitpress.models.experts import named_layers
 from bitpress.models.linears import is_linear
 from bitpress.modifiers import State
 from bitpress.pipelines import dry_run
@@ -210,7 +211,7 @@ def without_cache(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def linears(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: each for name, each in module.named_modules() if is_linear(each)}
+    return {name: each for name, each in named_layers(module) if is_linear(each)}
 
 
 @torch.no_grad()

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from bitpress.checkpoints import bind_save_pretrained, check_destination, save
+from bitpress.checkpoints.pretrained import load_pretrained
 from bitpress.checkpoints.saving import Companions
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
+from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
@@ -37,6 +39,8 @@ def oneshot(  # noqa: PLR0913
     seed: int = 42,
     pipeline: str | None = None,
     sequential_targets: Sequence[str] | None = None,
+    moe_calibrate_all_experts: bool = True,
+    moe_min_tokens: int = MIN_TOKENS,
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
     overwrite: bool = False,
@@ -49,7 +53,7 @@ def oneshot(  # noqa: PLR0913
     a keyboard interrupt, leaves it as it was.
 
     Args:
-        model: a module, changed in place; or the path or hub id of a transformers causal language model.
+        model: a module, changed in place; or the path or hub id of a transformers model.
         dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a
             hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
             takes. Not needed by recipes without statistics.
@@ -66,6 +70,10 @@ def oneshot(  # noqa: PLR0913
         seed: of everything random.
         pipeline: "sequential", "basic" or "datafree"; by default what the recipe and the model need.
         sequential_targets: names, class names or ``re:`` patterns of the blocks; by default they are found.
+        moe_calibrate_all_experts: let every expert of a mixture see every calibration token; False shows each expert
+            those that the router sends it.
+        moe_min_tokens: an expert that saw fewer tokens is solved from what all experts of its layer saw, and listed in
+            the report.
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         overwrite: replace a model that is in ``output_dir``.
@@ -91,7 +99,15 @@ def oneshot(  # noqa: PLR0913
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
     if output_dir is not None:
         check_destination(output_dir, overwrite=overwrite, needed=parameters_bytes(model))
-    session = Session(model, steps, pipeline=pipeline, sequential_targets=sequential_targets, seed=seed)
+    session = Session(
+        model,
+        steps,
+        pipeline=pipeline,
+        sequential_targets=sequential_targets,
+        seed=seed,
+        moe_calibrate_all_experts=moe_calibrate_all_experts,
+        moe_min_tokens=moe_min_tokens,
+    )
     session.check()
     data: CalibrationData | None = None
     if dataset is not None:
@@ -120,17 +136,12 @@ def oneshot(  # noqa: PLR0913
 
 
 def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     if not _is_name(source):
         raise BitpressError(f"a {type(source).__name__} is no model: give a module, a path or a hub id.")
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            os.fspath(source), dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        return load_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
-    return model
 
 
 def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:

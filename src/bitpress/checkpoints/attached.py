@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from torch import nn
 
 from bitpress.errors import BitpressError
+from bitpress.models.experts import named_layers
 from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight, QuantizationScheme, QuantizedWeight
 
@@ -22,9 +23,15 @@ def attach(module: nn.Module, scheme: QuantizationScheme, weight: PackedWeight) 
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
 
 
+def scheme_of(module: nn.Module) -> QuantizationScheme:
+    """The scheme that a quantized layer carries."""
+    scheme: QuantizationScheme = module.quantization_scheme
+    return scheme
+
+
 def attached_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The quantized layers by name."""
-    return {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
+    return {name: m for name, m in named_layers(model) if getattr(m, "quantization_scheme", None) is not None}
 
 
 def is_quantized(model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.models.blocks import Block
+from bitpress.models.experts import find_layer, fused_experts
 from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight, QuantizedWeight
 
@@ -55,9 +56,10 @@ class Changes:
     def commit(self, model: nn.Module) -> None:
         """Write everything to the model: the dequantized weights, and what smoothing changed."""
         for name, packed in self.packed.items():
-            weight_matrix(model.get_submodule(name)).copy_(packed.unpack().dequantize())
+            weight_matrix(find_layer(model, name)).copy_(packed.unpack().dequantize())
         for name, value in self.dense.items():
-            model.get_parameter(name).data.copy_(value)
+            owner, _, parameter = name.rpartition(".")
+            find_layer(model, owner).get_parameter(parameter).data.copy_(value)
 
 
 def _release_free_memory() -> None:
@@ -68,4 +70,12 @@ def _release_free_memory() -> None:
 
 
 def _parameters(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
-    return block.module.named_parameters(prefix=block.name, remove_duplicate=True)
+    """Each parameter once; those of fused experts as the parameters of the experts' layers."""
+    seen: set[int] = set()
+    for name, module in block.named_modules():
+        experts = fused_experts(module)
+        fused = experts.parameters if experts is not None else ()
+        for local, p in module._parameters.items():
+            if p is not None and local not in fused and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{name}.{local}" if name else local, p

@@ -1,6 +1,7 @@
 """The ``quantization_config`` of a checkpoint, in the words of compressed-tensors."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import compressed_tensors
@@ -9,21 +10,32 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from compressed_tensors.utils import is_match
 from torch import nn
 
+from bitpress.checkpoints.attached import scheme_of
+from bitpress.checkpoints.experts import StoredExperts, expert_targets
+from bitpress.models.experts import named_layers
 from bitpress.models.linears import is_linear
 from bitpress.quantization import QuantizationScheme
 
 FORMAT = CompressionFormat.pack_quantized.value
 
 
-def quantization_config(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+def quantization_config(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    apart: Sequence[StoredExperts] = (),
+    whole: Sequence[StoredExperts] = (),
+) -> dict[str, Any]:
     """The config that makes every reader give ``layers``, and no others, their schemes.
 
     One scheme keeps the targets it was stated with, and the layers that they match beyond ``layers`` are ignored by
-    name. Several schemes name their layers, so that no reader's order of precedence matters.
+    name. Several schemes name their layers, so that no reader's order of precedence matters. Experts are named by
+    patterns: those that are stored ``apart`` have one scheme, those that are stored ``whole`` none.
     """
+    of_experts = {name for s in (*apart, *whole) for name in s.names}
+    patterns = expert_targets(apart) if _one_scheme(apart) else []
     groups: list[tuple[QuantizationScheme, list[str]]] = []
     for name, module in layers.items():
-        scheme: QuantizationScheme = module.quantization_scheme
+        scheme = scheme_of(module)
         for known, names in groups:
             if known.weights == scheme.weights:
                 names.append(name)
@@ -33,10 +45,11 @@ def quantization_config(model: nn.Module, layers: Mapping[str, nn.Module]) -> di
     ignore: list[str] = []
     stated = list(groups[0][0].targets)
     if len(groups) == 1 and all(is_match(n, m, stated) for n, m in layers.items()):
-        ignore = [n for n, m in model.named_modules() if n not in layers and _is_read_as_linear(n, m, stated)]
+        dense = [n for n, m in named_layers(model) if n not in layers and _is_read_as_linear(n, m, stated)]
+        ignore = [n for n in dense if n not in of_experts] + _owners(dense, whole)
         targets = [stated]
     else:
-        targets = [names for _, names in groups]
+        targets = [_with_patterns(names, patterns, of_experts) for _, names in groups]
     config = QuantizationConfig(
         config_groups={
             f"group_{i}": scheme.model_copy(update={"targets": names, "format": FORMAT})
@@ -48,6 +61,22 @@ def quantization_config(model: nn.Module, layers: Mapping[str, nn.Module]) -> di
     )
     dumped = config.model_dump(mode="json")
     return {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}, **dumped}
+
+
+def _with_patterns(names: list[str], patterns: list[str], of_experts: Collection[str]) -> list[str]:
+    """Names of a group's layers, those of experts as patterns if there are any."""
+    if not patterns or not any(name in of_experts for name in names):
+        return names
+    return [*(name for name in names if name not in of_experts), *patterns]
+
+
+def _one_scheme(stored: Sequence[StoredExperts]) -> bool:
+    schemes = [scheme_of(layer).weights for s in stored for layer in s.experts.layers.values()]
+    return bool(schemes) and all(scheme == schemes[0] for scheme in schemes)
+
+
+def _owners(dense: Collection[str], whole: Sequence[StoredExperts]) -> list[str]:
+    return [rf"re:{re.escape(s.owner)}\..*" for s in whole if any(name in dense for name in s.names)]
 
 
 def _is_read_as_linear(name: str, module: nn.Module, targets: list[str]) -> bool:

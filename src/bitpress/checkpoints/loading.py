@@ -5,15 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils import match_targets
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
-from bitpress.checkpoints.saving import CONFIG_FILE, WEIGHTS_FILE
+from bitpress.checkpoints.packed import read_weights, scheme_for, take_packed, targets_of, write_expert
+from bitpress.checkpoints.pretrained import load_pretrained, load_unread_experts
+from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.errors import BitpressError
+from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear
 from bitpress.quantization import PackedWeight, QuantizationScheme
 
@@ -37,26 +37,24 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **op
     config = _read_config(path)
     if model is None:
         return _load_transformers(path, config, options)
-    stored = _read_weights(path)
+    stored = read_weights(path)
     dense, packed, schemes = _unpack(stored, config, model)
     _fill_tied(dense, config, model)
     _check_fit(dense, model, path)
     model.load_state_dict(dense)
     for name, weight in packed.items():
-        attach(model.get_submodule(name), schemes[name], weight)
+        attach(find_layer(model, name), schemes[name], weight)
     return model
 
 
 def _load_transformers(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
+    """By transformers itself, but for what it cannot read."""
     if "model_type" not in config:
         raise BitpressError(f"{path} is not of a transformers model: give bitpress.load a model of its architecture.")
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path, **options)
+        return load_unread_experts(path, config, options) or load_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise BitpressError(f"transformers cannot load {path}: {error}") from error
-    return loaded
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -70,18 +68,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    stored: dict[str, Tensor] = {}
-    for file in sorted(path.glob(f"{Path(WEIGHTS_FILE).stem}-*-of-*.safetensors")) or [path / WEIGHTS_FILE]:
-        if not file.is_file():
-            raise BitpressError(f"{path} holds no checkpoint: {WEIGHTS_FILE} is missing.")
-        try:
-            stored |= load_file(file)
-        except Exception as error:
-            raise BitpressError(f"{file} cannot be read as safetensors: {error}") from error
-    return stored
-
-
 def _unpack(
     stored: dict[str, Tensor], config: dict[str, Any], model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, PackedWeight], dict[str, QuantizationScheme]]:
@@ -89,21 +75,17 @@ def _unpack(
     dense = dict(stored)
     packed: dict[str, PackedWeight] = {}
     schemes: dict[str, QuantizationScheme] = {}
-    groups = (
-        QuantizationConfig(**config["quantization_config"]).config_groups if "quantization_config" in config else {}
-    )
-    by_target = {target: scheme for scheme in groups.values() for target in scheme.targets}
-    for name, module in model.named_modules():
+    schemes_by_target = targets_of(config)
+    for name, module in named_layers(model):
         if not is_linear(module) or f"{name}.weight_packed" not in stored:
             continue
-        matched = match_targets(name, module, by_target)
-        if not matched:
-            raise BitpressError(f"{name} is packed, but no config group of {CONFIG_FILE} targets it.")
-        schemes[name] = by_target[matched[0]]
-        kinds = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-        tensors = {kind: dense.pop(f"{name}.{kind}") for kind in kinds if f"{name}.{kind}" in dense}
-        packed[name] = PackedWeight.from_tensors(tensors, schemes[name].weights)
-        dense[f"{name}.weight"] = as_parameter(module, packed[name].unpack().dequantize())
+        schemes[name] = scheme_for(name, module, schemes_by_target)
+        packed[name] = take_packed(dense, name, schemes[name])
+        weight = packed[name].unpack().dequantize()
+        if isinstance(module, ExpertLinear):
+            write_expert(dense, name, module, weight)
+        else:
+            dense[f"{name}.weight"] = as_parameter(module, weight)
     return dense, packed, schemes
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bitpress.checkpoints.attached import attached_layers, packed_weight
+from bitpress.checkpoints.attached import attached_layers, packed_weight, scheme_of
 from bitpress.checkpoints.config import quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.checkpoints.experts import choose_packed, is_expert, stored_experts
 from bitpress.errors import BitpressError
 from bitpress.quantization import PackedWeight
 
@@ -69,7 +71,7 @@ def save(
     layers = attached_layers(model) if save_compressed else {}
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
     # A state dict of the caller's (gathered from many devices) is packed like the model's own.
-    state = options.pop("state_dict", None) or _dense_state(model)
+    state = dict(options.pop("state_dict", None) or _dense_state(model))
     path = check_destination(directory, overwrite=overwrite, needed=_bytes(state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
@@ -136,13 +138,20 @@ def _write_transformers(
             len(layers) - len(read),
             ", ".join(sorted({type(layer).__name__ for name, layer in layers.items() if name not in read})),
         )
-    tensors = _replace_weights(state, {name: packed[name] for name in read})
+    stored = stored_experts(model)
+    one_scheme = len({str(scheme_of(layer).weights) for n, layer in read.items() if is_expert(layer)}) == 1
+    apart, whole = choose_packed(stored, read, one_scheme=one_scheme)
+    read = {name: layer for name, layer in read.items() if not any(name in s.names for s in whole)}
+    names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
+    for name in [parameter for s in apart for parameter in s.parameters]:
+        del state[name]
+    tensors = _replace_weights(state, {name: packed[name] for name in read}, names)
     type(model).save_pretrained(model, draft, state_dict=tensors, **options)
     if read:
         _warn_of_broken_pair(packed)
         file = draft / CONFIG_FILE
         config = json.loads(file.read_text())
-        config["quantization_config"] = quantization_config(model, read)
+        config["quantization_config"] = quantization_config(model, read, apart, whole)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -153,7 +162,10 @@ def _write_plain(
     layers: dict[str, nn.Module],
     packed: dict[str, PackedWeight],
 ) -> None:
-    tensors = _replace_weights(state, packed)
+    experts = [s for s in stored_experts(model) if all(layer in packed for layer in s.names)]
+    for name in [parameter for s in experts for parameter in s.parameters]:
+        del state[name]
+    tensors = _replace_weights(state, packed, {name: name for s in experts for name in s.names})
     shared: dict[int, str] = {}
     aliases = {}
     for name, tensor in list(tensors.items()):
@@ -185,9 +197,13 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
-def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
-    """The state dict with each packed layer's weight in its stored form."""
+def _replace_weights(
+    state: dict[str, Tensor], packed: dict[str, PackedWeight], names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The state dict with each packed layer's weight in its stored form; ``names`` are those of experts' layers."""
     tensors: dict[str, Tensor] = {}
+    for layer, stored in (names or {}).items():
+        tensors |= {f"{stored}.{kind}": t for kind, t in packed[layer].tensors().items()}
     for name, tensor in state.items():
         layer = name.removesuffix(".weight")
         if layer in packed and layer != name:

@@ -9,6 +9,7 @@ from compressed_tensors.utils import is_match
 from torch import nn
 
 from bitpress.errors import BitpressError
+from bitpress.models.experts import ExpertLinear, named_layers
 from bitpress.models.linears import is_linear
 
 
@@ -49,8 +50,8 @@ class Block:
     calls: list[Call] = field(default_factory=list)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module of the block by its name in the model."""
-        yield from self.module.named_modules(prefix=self.name)
+        """Every module of the block by its name in the model, the layers of fused experts too."""
+        yield from named_layers(self.module, prefix=self.name)
 
     @property
     def label(self) -> str:
@@ -79,7 +80,10 @@ def find_blocks(
     for name, layer in layers.items():
         owner = next((b for b in _ancestors(name) if b in blocks), None)
         if owner is None:
-            blocks[name] = Block(name, layer, {name: layer})
+            # An expert's layer is not a module that can be called: its module is.
+            alone = name.removesuffix(f".{layer.local}") if isinstance(layer, ExpertLinear) else name
+            block = blocks.setdefault(alone, Block(alone, modules[alone], {}))
+            block.layers[name] = layer
         else:
             blocks[owner].layers[name] = layer
     return [blocks[name] for name in modules if name in blocks]

@@ -16,6 +16,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_transposed(module)
 
 
+def has_columns(module: nn.Module) -> bool:
+    """True for whatever multiplies its input by a 2-D weight: linear layers, and routers of experts."""
+    if is_linear(module):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weight as (out, in): a view, so that writing to it writes to the layer."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]

@@ -4,6 +4,8 @@ Random scales are powers of two: multiplying by them rounds nothing, in any floa
 mapping gives the same output almost to the bit, and one with an invalid mapping plainly does not. They are below 1:
 what runs between the layers is driven by values up to 16 times as large, where no activation function is still almost
 linear (near 0 SiLU and GELU are, and would pass in bfloat16).
+
+What the block gives without any scale, and with scales that nothing makes up for, is measured once for all claims.
 """
 
 import itertools
@@ -11,13 +13,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
-from bitpress.models.linears import in_features
+from bitpress.models.linears import has_columns, in_features
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
 
 
@@ -31,11 +35,14 @@ class Proof:
             balance layers have no share in the output, as an expert that sees no token.
         tolerance: the greatest difference that rounding explains.
         channel_map: (in,), int64: which output channel of the smooth layer feeds each input of the balance layers.
+        power: what becomes of a scale of the smooth layer's output on its way: its first power, or behind a squared
+            ReLU its second.
     """
 
     difference: float
     tolerance: float
     channel_map: Tensor | None
+    power: int = 1
 
     @property
     def holds(self) -> bool:
@@ -54,50 +61,122 @@ class Claim:
 
     Attributes:
         smooth: the layer whose output channels are divided by s.
-        balance: the layers whose input channels are multiplied by s.
+        balance: the layers whose input channels are multiplied by s ** power.
         channel_map: which output channel of ``smooth`` feeds each input of ``balance``, as far as is known.
+        power: see :attr:`Proof.power`.
     """
 
     smooth: nn.Module
     balance: Sequence[nn.Module]
     channel_map: Tensor | None = None
+    power: int = 1
 
 
 def prove(block: Block, claim: Claim, seed: int = 0) -> Proof:
-    """Try a mapping on the block's first call of the dry run; the block is left as it was.
-
-    Where its channel map is not known, the likely ones are tried.
-    """
-    widths = {in_features(layer) for layer in claim.balance}
-    channels = out_channels(claim.smooth)
-    if len(widths) != 1 or channels is None:
-        return Proof(math.inf, 0.0, None)
-    before = _output(block)
-    tolerance = _tolerance(before)
-    best = Proof(math.inf, tolerance, None)
-    known = [] if claim.channel_map is None else [claim.channel_map]
-    for channel_map in itertools.chain(known, channel_maps(channels, widths.pop())):
-        tried = Claim(claim.smooth, claim.balance, channel_map)
-        difference = _difference(block, before, [tried], seed)
-        if math.isnan(difference):
-            return Proof(difference, tolerance, None)
-        if difference <= best.difference:
-            best = Proof(difference, tolerance, channel_map)
-        if best.holds:
-            break
-    return best
+    """See :meth:`Prover.prove`."""
+    return Prover(block, seed).prove(claim)
 
 
 def prove_together(block: Block, claims: Sequence[Claim], seed: int = 0) -> Proof:
-    """Try mappings with known channel maps all at once: if that holds, each of them does.
+    """See :meth:`Prover.prove_together`."""
+    return Prover(block, seed).prove_together(claims)
 
-    An output that does not move at all is taken for proof: each mapping held on a block of this kind, one by one, and
-    had a share in its output.
+
+class Prover:
+    """Tries mappings on a block's first call of the dry run; the block is left as it was.
+
+    Args:
+        block: the block, with that call.
+        seed: of the random scales.
+
+    Raises:
+        BitpressError: the block's output changes from run to run, so that nothing can be proven.
     """
-    before = _output(block)
-    moved = _moved(block, before, claims, seed, compensate=True)
-    difference = _difference(block, before, claims, seed) if moved else 0.0
-    return Proof(difference, _tolerance(before), claims[0].channel_map)
+
+    def __init__(self, block: Block, seed: int = 0) -> None:
+        self.block, self.seed = block, seed
+        self._before = _output(block)
+        self._steady = False
+        self._alone: dict[tuple[Any, ...], float] = {}
+        self.tolerance = max(1e-4, 8 * max((torch.finfo(t.dtype).eps for t in self._before), default=0.0))
+
+    def prove(self, claim: Claim) -> Proof:
+        """Try one mapping. Where its channel map is not known, the likely ones are tried."""
+        widths = {in_features(layer) for layer in claim.balance}
+        channels = out_channels(claim.smooth)
+        if len(widths) != 1 or channels is None:
+            return Proof(math.inf, 0.0, None)
+        width = widths.pop()
+        best = Proof(math.inf, self.tolerance, None)
+        for channel_map, power in _variants(claim, channels, width):
+            tried = Claim(claim.smooth, claim.balance, channel_map, power)
+            difference = self._difference([tried])
+            if math.isnan(difference):
+                return Proof(difference, self.tolerance, None)
+            if difference <= best.difference:
+                best = Proof(difference, self.tolerance, channel_map, power)
+            if best.holds:
+                break
+        return best
+
+    def prove_together(self, claims: Sequence[Claim]) -> Proof:
+        """Try mappings whose channel maps are known, all at once, as they will be used.
+
+        That layers which have no share in the output pass is for a block of a kind in which each mapping, tried alone,
+        had a share in its output.
+        """
+        difference = self._difference(claims)
+        return Proof(0.0 if math.isnan(difference) else difference, self.tolerance, claims[0].channel_map)
+
+    def _difference(self, claims: Sequence[Claim]) -> float:
+        """How far the output moves with the scales moved over, relative to how far with nothing to make up for them."""
+        moved = self._moved(claims, compensate=True)
+        alone = self._moved_alone(claims)
+        if not moved and not alone:
+            return math.nan
+        difference = moved / alone if alone and math.isfinite(moved) else math.inf
+        if difference > self.tolerance:
+            self._check_steady()
+        return difference
+
+    def _moved_alone(self, claims: Sequence[Claim]) -> float:
+        """How far the output moves when only the inputs are scaled: once for all producers that are tried."""
+        key = tuple((id(layer), c.power) for c in claims for layer in c.balance)
+        if key not in self._alone:
+            self._alone[key] = self._moved(claims, compensate=False)
+        return self._alone[key]
+
+    @torch.no_grad()
+    def _moved(self, claims: Sequence[Claim], *, compensate: bool) -> float:
+        """The norm of the change of the block's output."""
+        generator = torch.Generator().manual_seed(self.seed)
+        with restored([module for claim in claims for module in (claim.smooth, *claim.balance)]):
+            for claim in claims:
+                _scale(claim, generator, compensate=compensate)
+            after = _output(self.block)
+        return _distance(after, self._before)
+
+    def _check_steady(self) -> None:
+        """Before a mapping is blamed: the block by itself must give the same output again."""
+        if self._steady:
+            return
+        self._steady = True
+        again = _distance(_output(self.block), self._before)
+        if again > self.tolerance * _norm(self._before):
+            raise BitpressError(
+                f"the output of {self.block.label} changes from run to run, so that no mapping can be proven in it: "
+                f"{_random_source(self.block)}. Turn the randomness off, or use QuantizationModifier alone."
+            )
+
+
+def _variants(claim: Claim, channels: int, width: int) -> Iterator[tuple[Tensor, int]]:
+    """Channel maps and powers to try. A squared ReLU joins channels one to one."""
+    if claim.channel_map is not None:
+        yield claim.channel_map, claim.power
+    for channel_map in channel_maps(channels, width):
+        yield channel_map, 1
+    if channels == width and has_columns(claim.smooth):
+        yield torch.arange(width), 2
 
 
 def channel_maps(channels: int, width: int) -> Iterator[Tensor]:
@@ -105,7 +184,7 @@ def channel_maps(channels: int, width: int) -> Iterator[Tensor]:
 
     One to one; one part of a fused projection (the last: v of q, k, v, or up of gate, up; or the first); key/value
     channels that query heads share, of a projection of their own or the last part of a fused one; a part of each head
-    of an interleaved fused projection.
+    of an interleaved fused projection, all parts of one size or not.
     """
     if channels == width:
         yield torch.arange(width)
@@ -124,6 +203,7 @@ def channel_maps(channels: int, width: int) -> Iterator[Tensor]:
             index = torch.arange(width)
             yield index // head * parts * head + part * head + index % head
     if channels > width:
+        yield from _unequal_parts(channels, width)
         yield from _grouped_interleaved(channels, width)
 
 
@@ -131,6 +211,16 @@ def _repeated(part: int, width: int, head: int) -> Tensor:
     """Each head of ``head`` channels feeds width / part heads that follow one another."""
     index = torch.arange(width)
     return index // (head * (width // part)) * head + index % head
+
+
+def _unequal_parts(channels: int, width: int) -> Iterator[Tensor]:
+    """[head, (another part, this part)]: the keys and values of latent attention, of unequal size."""
+    if channels % width == 0:
+        return
+    index = torch.arange(width)
+    for heads in sorted(_divisors(math.gcd(channels, width)), key=lambda n: abs(width // n - 128)):
+        part, slot = width // heads, channels // heads
+        yield index // part * slot + slot - part + index % part
 
 
 def _grouped_interleaved(channels: int, width: int) -> Iterator[Tensor]:
@@ -156,29 +246,19 @@ def _output(block: Block) -> list[Tensor]:
     return [t.clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _tolerance(output: Sequence[Tensor]) -> float:
-    return max(1e-4, 8 * max((torch.finfo(t.dtype).eps for t in output), default=0.0))
-
-
-def _difference(block: Block, before: Sequence[Tensor], claims: Sequence[Claim], seed: int) -> float:
-    """How far the output moves with the scales moved over, relative to how far it moves with nothing to make up."""
-    moved = _moved(block, before, claims, seed, compensate=True)
-    alone = _moved(block, before, claims, seed, compensate=False)
-    if not moved and not alone:
-        return math.nan
-    return moved / alone if alone and math.isfinite(moved) else math.inf
-
-
-@torch.no_grad()
-def _moved(block: Block, before: Sequence[Tensor], claims: Sequence[Claim], seed: int, *, compensate: bool) -> float:
-    """The norm of the change of the block's output."""
-    generator = torch.Generator().manual_seed(seed)
-    with restored([module for claim in claims for module in (claim.smooth, *claim.balance)]):
-        for claim in claims:
-            _scale(claim, generator, compensate=compensate)
-        after = _output(block)
+def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
     squares = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(after, before, strict=True))
     return math.sqrt(squares) if math.isfinite(squares) else math.inf
+
+
+def _norm(output: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in output))
+
+
+def _random_source(block: Block) -> str:
+    """The modules that are likely to be why, for people."""
+    active = [n for n, m in block.named_modules() if m.training and "dropout" in type(m).__name__.lower()]
+    return f"{active[0]} is in training mode" if active else "it draws random numbers"
 
 
 def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool) -> None:
@@ -188,7 +268,7 @@ def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool) -> Non
     device = next(claim.smooth.parameters()).device
     powers = torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2])[torch.randint(0, 4, (channels,), generator=generator)]
     for layer in claim.balance:
-        multiply_inputs(layer, powers[claim.channel_map].to(device))
+        multiply_inputs(layer, powers[claim.channel_map].pow(claim.power).to(device))
     if compensate:
         feeding = torch.zeros(channels, dtype=torch.bool)
         feeding[claim.channel_map] = True

@@ -11,24 +11,34 @@ from bitpress.models.linears import is_linear, weight_matrix
 
 
 def out_channels(module: nn.Module) -> int | None:
-    """How many output channels can be scaled: rows of a linear layer, weights of a norm; None if neither."""
+    """How many output channels can be scaled: of a linear layer, a convolution or a norm; None if it is neither."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
     if is_linear(module):
         return weight_matrix(module).shape[0]
+    if is_convolution(module):
+        return weight.shape[0]
     return weight.numel() if weight.dim() == 1 else None
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """True for convolutions whose weight is (out, in / groups, ...)."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
 def divide_outputs(module: nn.Module, scales: Tensor) -> None:
-    """Divide the output channels of a linear layer or a norm by ``scales`` (channels,), in place.
+    """Divide the output channels of a linear layer, a convolution or a norm by ``scales`` (channels,), in place.
 
     Raises:
-        BitpressError: the module is neither, or its output is not linear in its weight.
+        BitpressError: the module is none of these, or its output is not linear in its weight.
     """
     if is_linear(module):
         matrix = weight_matrix(module)
         matrix.copy_(matrix / scales.to(matrix.dtype).unsqueeze(1))
+    elif is_convolution(module):
+        kernels: Tensor = module.weight.data  # type: ignore[assignment]
+        kernels.div_(scales.to(kernels.dtype).view(-1, *[1] * (kernels.dim() - 1)))
     else:
         weight: Tensor = module.weight.data  # type: ignore[assignment]
         offset = norm_offset(module)

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
-from bitpress.models.discovery import discover, structure
 from bitpress.models.linears import weight_matrix
-from bitpress.models.proofs import Claim, Proof, prove, prove_together
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
-from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping
+from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.resolving import resolve_mappings
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
 from bitpress.solvers import BalanceWeight, search_parameters, search_scales
-from bitpress.statistics import Statistic
+from bitpress.statistics import Statistic, pooled
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,8 @@ class AWQModifier(QuantizationModifier):
         bits: of the weights, 2 to 8. With ``symmetric`` and ``group_size`` it states a scheme for ``targets``.
         symmetric: grids centred on 0.
         group_size: input channels that share a scale, -1 for all of a row. 128 if only ``bits`` is stated.
-        mappings: which layers scale which. If not given, those that are registered for the model's family; if none
-            are, they are found by running the blocks.
+        mappings: which layers scale which. If not given, they are found by running the blocks; where some are
+            registered for the model's family, those are used.
         duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
         n_grid: exponents tried per mapping.
         clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value.
@@ -52,6 +51,7 @@ class AWQModifier(QuantizationModifier):
     clip: bool = True
 
     _resolved: dict[str, list[ResolvedMapping]] = PrivateAttr(default_factory=dict)
+    _balanced: set[str] = PrivateAttr(default_factory=set)
 
     @field_validator("mappings", mode="before")
     @classmethod
@@ -87,30 +87,24 @@ class AWQModifier(QuantizationModifier):
         return groups
 
     def on_initialize(self, state: State) -> None:
-        """Resolve the mappings in every block and prove them."""
+        """Find the mappings of every block, and prove them."""
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
         if not any(block.calls for block in state.blocks):
             raise BitpressError("AWQModifier needs calibration data, but no dataset was given: give oneshot one.")
-        registered = registered_mappings(state.model)
-        if self.mappings is not None:
-            self._resolved = {block.name: self._resolve(self.mappings, block, "user") for block in state.blocks}
-            self._check_all_used(self.mappings)
-            self._prove(state)
-        elif registered is not None:
-            self._resolved = {block.name: self._resolve(registered, block, "registry") for block in state.blocks}
-            self._prove(state)
-        else:
-            self._resolved = self._discover(state)
+        resolution = resolve_mappings(state.model, state.blocks, self._considers, self.mappings, state.seed)
+        self._resolved = resolution.mappings
         if not any(self._resolved.values()):
             raise BitpressError(
                 f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], "
                 "or use QuantizationModifier alone."
             )
 
+        self._balanced = {n for found in self._resolved.values() for mapping in found for n in mapping.balance}
+
     def required_statistics(self, state: State, name: str) -> Statistic:
         """Gram matrix and mean magnitude, for the balance layers."""
-        balanced = any(name in mapping.balance for found in self._resolved.values() for mapping in found)
+        balanced = name in self._balanced
         return Statistic.GRAM | Statistic.MEAN_MAGNITUDE if balanced else Statistic.NONE
 
     def on_block(self, state: State, block: Block) -> None:
@@ -135,7 +129,7 @@ class AWQModifier(QuantizationModifier):
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
         targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}
-        measured = [state.statistics[n] for n in targeted if n in state.statistics]
+        measured = {id(s): s for s in (state.statistics.get(n) for n in targeted) if s is not None}
         if not measured or mapping.channel_map is None:
             logger.warning(
                 "%s is left alone: %s did not run in %s.",
@@ -144,7 +138,8 @@ class AWQModifier(QuantizationModifier):
                 "calibration" if not measured else "the dry run, so that nothing proves the mapping",
             )
             return
-        statistics = measured[0]
+        # Experts that have seen other tokens than their neighbours: the input's statistics are those of all.
+        statistics = pooled(list(measured.values()))
         found = search_scales(
             [
                 BalanceWeight(weight_matrix(m), state.schemes[n].weights, weight_matrix(m).dtype)
@@ -175,7 +170,7 @@ class AWQModifier(QuantizationModifier):
         at_inputs = scales[channel_map]
         # Channels that feed no balance layer (q and k of a fused projection) stay as they are.
         at_outputs = torch.ones(out_channels(mapping.smooth) or 0, device=scales.device)
-        at_outputs[channel_map] = at_inputs
+        at_outputs[channel_map] = at_inputs if mapping.power == 1 else at_inputs.pow(1 / mapping.power)
         divide_outputs(mapping.smooth, at_outputs)
         for layer in mapping.balance.values():
             multiply_inputs(layer, at_inputs)
@@ -183,64 +178,10 @@ class AWQModifier(QuantizationModifier):
         for statistics in shared.values():
             statistics.rescale(at_inputs)
 
-    def _resolve(self, mappings: list[AWQMapping], block: Block, source: str) -> list[ResolvedMapping]:
-        found = [resolved for mapping in mappings for resolved in resolve_mapping(mapping, block, source)]
-        return [m for m in found if any(self._considers(n, layer, block) for n, layer in m.balance.items())]
-
     def _considers(self, name: str, layer: nn.Module, block: Block) -> bool:
         stated = self.states_scheme or not {"targets", "ignore"} & self.model_fields_set
         mine = stated or (is_match(name, layer, self.targets) and not is_match(name, layer, self.ignore))
         return mine and name in block.layers
-
-    def _discover(self, state: State) -> dict[str, list[ResolvedMapping]]:
-        """Mappings found by running each kind of block once; its other blocks have them proven only."""
-        kinds: dict[Any, tuple[str, list[ResolvedMapping]]] = {}
-        resolved: dict[str, list[ResolvedMapping]] = {block.name: [] for block in state.blocks}
-        for block in state.blocks:
-            if not block.calls:
-                continue
-            kind = structure(block)
-            source, known = kinds.get(kind, ("", []))
-            mappings = [mapping.moved(source, block) for mapping in known]
-            claims = [Claim(m.smooth, list(m.balance.values()), m.channel_map) for m in mappings]
-            if kind not in kinds or (claims and not prove_together(block, claims, state.seed).holds):
-                mappings = [ResolvedMapping.discovered(found, block) for found in discover(block, state.seed)]
-                kinds[kind] = (block.name, mappings)
-            resolved[block.name] = mappings
-        return resolved
-
-    def _check_all_used(self, mappings: list[AWQMapping]) -> None:
-        used = {str(m.mapping) for found in self._resolved.values() for m in found}
-        for mapping in mappings:
-            if str(mapping) not in used:
-                raise BitpressError(
-                    f"{mapping} fits no block: its smooth layer and its quantized balance layers must be in one block, "
-                    "and the smooth layer must be a norm or a linear layer."
-                )
-
-    def _prove(self, state: State) -> None:
-        """Every mapping on every block that ran; where one fails, nothing has been changed yet."""
-        maps: dict[Any, Tensor] = {}
-        for block in state.blocks:
-            mappings = self._resolved[block.name]
-            if not block.calls or not mappings:
-                continue
-            claims = [Claim(m.smooth, list(m.balance.values()), maps.get(m.kind(block))) for m in mappings]
-            if all(claim.channel_map is not None for claim in claims):
-                # A kind of block that has been proven mapping by mapping: all at once is enough.
-                proof = prove_together(block, claims, state.seed)
-                if proof.holds:
-                    for mapping, claim in zip(mappings, claims, strict=True):
-                        mapping.channel_map, mapping.difference = claim.channel_map, proof.difference
-                    continue
-            for mapping, claim in zip(mappings, claims, strict=True):
-                proof = prove(block, claim, state.seed)
-                if proof.untested:
-                    continue
-                if not proof.holds:
-                    raise BitpressError(_refutation(mapping, block, proof))
-                mapping.channel_map, mapping.difference = proof.channel_map, proof.difference
-                maps[mapping.kind(block)] = proof.channel_map  # type: ignore[assignment]
 
     def _check_agreement(self, weights: QuantizationArgs, where: str) -> None:
         stated = {"bits": self.bits, "symmetric": self.symmetric, "group_size": self.group_size}
@@ -255,11 +196,3 @@ class AWQModifier(QuantizationModifier):
                     f"AWQModifier states {field}={value}, but the scheme of {where} has {field}={scheme[field]}. "
                     "State it in one of them only, or make them agree."
                 )
-
-
-def _refutation(mapping: ResolvedMapping, block: Block, proof: Proof) -> str:
-    return (
-        f"{mapping.mapping} ({mapping.source}) is not valid in {block.label}: with random scales moved from "
-        f"{', '.join(mapping.balance)} to {mapping.smooth_name} the block's output moves by {proof.difference:.2g} of "
-        f"what the scales alone do (rounding explains {proof.tolerance:.2g}). Remove or correct the mapping."
-    )

@@ -1,7 +1,7 @@
 """Which layers absorb a scale for which: AWQMapping, and the registry of model families."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.discovery import Discovery
-from bitpress.models.linears import is_linear
+from bitpress.models.experts import ExpertLinear
+from bitpress.models.linears import has_columns
+from bitpress.models.proofs import Claim
 from bitpress.models.smoothing import out_channels
 
 
@@ -48,6 +50,7 @@ class ResolvedMapping:
         source: who stated the mapping: "user", "registry" or "discovery".
         channel_map: (in,), int64: the smooth layer's channel that feeds each input; known once proven.
         difference: what the proof measured.
+        power: of a scale at the smooth layer's output when it arrives: 2 behind a squared ReLU.
     """
 
     mapping: AWQMapping
@@ -57,66 +60,93 @@ class ResolvedMapping:
     source: str
     channel_map: Tensor | None = None
     difference: float = float("nan")
+    power: int = 1
 
     def kind(self, block: Block) -> tuple[Any, ...]:
-        """Equal for the same mapping in blocks of one structure."""
+        """Equal for the same mapping in blocks of one structure, and of other experts."""
         names = (self.smooth_name, *self.balance)
         return tuple(
-            (n.removeprefix(block.name), tuple(block_shape(m))) for n, m in zip(names, self._modules(), strict=True)
+            (_any_expert(n.removeprefix(block.name), m), *(tuple(p.shape) for p in m.parameters(recurse=False)))
+            for n, m in zip(names, self._modules(), strict=True)
         )
 
-    def moved(self, source: str, block: Block) -> "ResolvedMapping":
-        """The same mapping in another block of the structure of block ``source``."""
+    def claim(self) -> Claim:
+        """What is to be proven."""
+        return Claim(self.smooth, list(self.balance.values()), self.channel_map, self.power)
+
+    def moved(self, source: str, block: Block, modules: Mapping[str, nn.Module]) -> "ResolvedMapping":
+        """The same mapping in another block (its ``modules`` by name) of the structure of block ``source``."""
         names = [block.name + name.removeprefix(source) for name in (self.smooth_name, *self.balance)]
-        modules = dict(block.named_modules())
         mapping = AWQMapping(names[0], names[1:])
         balance = {name: modules[name] for name in names[1:]}
         return replace(self, mapping=mapping, smooth_name=names[0], smooth=modules[names[0]], balance=balance)
 
     @classmethod
-    def discovered(cls, found: Discovery, block: Block) -> "ResolvedMapping":
-        """A mapping that running the block found."""
-        modules = dict(block.named_modules())
+    def discovered(cls, found: Discovery, modules: Mapping[str, nn.Module]) -> "ResolvedMapping":
+        """A mapping that running a block found; its ``modules`` by name."""
         balance = {name: modules[name] for name in found.balance}
         mapping = AWQMapping(found.smooth, list(found.balance))
         proof = found.proof
+        smooth = modules[found.smooth]
         return cls(
-            mapping, found.smooth, modules[found.smooth], balance, "discovery", proof.channel_map, proof.difference
+            mapping, found.smooth, smooth, balance, "discovery", proof.channel_map, proof.difference, proof.power
         )
 
     def _modules(self) -> list[nn.Module]:
         return [self.smooth, *self.balance.values()]
 
 
-def block_shape(module: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of a module's own parameters."""
-    return [tuple(p.shape) for p in module.parameters(recurse=False)]
+def _any_expert(name: str, module: nn.Module) -> str:
+    if not isinstance(module, ExpertLinear):
+        return name
+    return f"{name.removesuffix(module.local)}*.{module.projection.part}"
 
 
 MappingsOfConfig = Callable[[Any], Sequence[AWQMapping]]
-_REGISTRY: dict[str, Sequence[AWQMapping] | MappingsOfConfig] = {}
 
 
-def register_mappings(class_name: str, mappings: Sequence[AWQMapping] | MappingsOfConfig) -> None:
-    """State the mappings of a model family.
+@dataclass(frozen=True)
+class _Entry:
+    mappings: Sequence[AWQMapping] | MappingsOfConfig
+    why: str
+
+
+# Mappings are discovered, so that a family is entered here only where one that holds is not to be used.
+_REGISTRY: dict[str, _Entry] = {}
+
+
+def register_mappings(class_name: str, mappings: Sequence[AWQMapping] | MappingsOfConfig, why: str = "") -> None:
+    """State the mappings of a model family, where those that discovery finds are not the ones to use.
 
     Args:
         class_name: of the model, for instance "LlamaForCausalLM". It serves the family's other classes too
             ("LlamaModel", "LlamaForSequenceClassification").
         mappings: in the order in which they are solved, or a function of the model's config that gives them. A mapping
             that matches nothing in a block is passed over; one that matches and fails its proof is an error.
+        why: what is wrong with the discovered ones, for ``bitpress mappings`` to tell.
     """
-    _REGISTRY[class_name] = mappings
+    _REGISTRY[class_name] = _Entry(mappings, why)
 
 
 def registered_mappings(model: nn.Module) -> list[AWQMapping] | None:
     """The mappings of the model's family, or None if the registry has none."""
+    entry = _entry(model)
+    if entry is None:
+        return None
+    stated = entry.mappings
+    return list(stated(getattr(model, "config", None)) if callable(stated) else stated)
+
+
+def reason_for_registration(model: nn.Module) -> str:
+    """Why the model's family is registered; "" if it is not, or nobody said."""
+    entry = _entry(model)
+    return entry.why if entry is not None else ""
+
+
+def _entry(model: nn.Module) -> _Entry | None:
     name = type(model).__name__
     families = {_family(known): known for known in _REGISTRY}
-    found = _REGISTRY.get(name) or _REGISTRY.get(families.get(_family(name), ""))
-    if found is None:
-        return None
-    return list(found(getattr(model, "config", None)) if callable(found) else found)
+    return _REGISTRY.get(name) or _REGISTRY.get(families.get(_family(name), ""))
 
 
 def _family(class_name: str) -> str:
@@ -133,7 +163,7 @@ def resolve_mapping(mapping: AWQMapping, block: Block, source: str) -> list[Reso
         BitpressError: only some of the balance patterns match in the block.
     """
     modules = list(block.named_modules())
-    linears = {name: module for name, module in modules if is_linear(module)}
+    linears = {name: module for name, module in modules if has_columns(module)}
     smooths = [(n, m) for n, m in modules if is_match(n, m, mapping.smooth_layer) and out_channels(m) is not None]
     missing = [p for p in mapping.balance_layers if not any(is_match(n, m, p) for n, m in linears.items())]
     if not smooths or len(missing) == len(mapping.balance_layers):
@@ -160,78 +190,3 @@ def _nearest_balance(
             return {n: m for n, m in inside.items() if is_match(n, m, list(patterns))}
         if len(ancestor) <= len(block):
             return {}
-
-
-_ATTENTION_OUT = AWQMapping("re:.*v_proj$", ["re:.*(o_proj|out_proj)$"])
-_QKV = ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"]
-_GATE_UP = ["re:.*gate_proj$", "re:.*up_proj$"]
-_UP_DOWN = AWQMapping("re:.*up_proj$", ["re:.*down_proj$"])
-
-_LLAMA = [
-    AWQMapping("re:.*input_layernorm$", _QKV),
-    _ATTENTION_OUT,
-    AWQMapping("re:.*post_attention_layernorm$", _GATE_UP),
-    _UP_DOWN,
-]
-_GEMMA = [
-    AWQMapping("re:.*input_layernorm$", _QKV),
-    _ATTENTION_OUT,
-    AWQMapping("re:.*pre_feedforward_layernorm$", _GATE_UP),
-    _UP_DOWN,
-]
-_PHI3 = [
-    AWQMapping("re:.*input_layernorm$", ["re:.*qkv_proj$"]),
-    AWQMapping("re:.*qkv_proj$", ["re:.*o_proj$"]),
-    AWQMapping("re:.*post_attention_layernorm$", ["re:.*gate_up_proj$"]),
-    AWQMapping("re:.*gate_up_proj$", ["re:.*down_proj$"]),
-]
-_GPT2 = [
-    AWQMapping("re:.*ln_1$", ["re:.*attn.c_attn$"]),
-    AWQMapping("re:.*attn.c_attn$", ["re:.*attn.c_proj$"]),
-    AWQMapping("re:.*ln_2$", ["re:.*mlp.c_fc$"]),
-]
-# The bias-free value path of a fused, per-head interleaved projection goes to the dense layer.
-_INTERLEAVED = [
-    AWQMapping("re:.*input_layernorm$", ["re:.*query_key_value$"]),
-    AWQMapping("re:.*query_key_value$", ["re:.*(attention|self_attention).dense$"]),
-    AWQMapping("re:.*post_attention_layernorm$", ["re:.*dense_h_to_4h$"]),
-]
-# Post-norm: the norms feed the residual too, so only the value path can absorb a scale.
-_BERT = [AWQMapping("re:.*attention.self.value$", ["re:.*attention.output.dense$"])]
-
-
-def _opt(config: Any) -> list[AWQMapping]:
-    """Without do_layer_norm_before (OPT-350m) the norms feed the residual and absorb nothing."""
-    attention, mlp = AWQMapping("re:.*self_attn.v_proj$", ["re:.*out_proj$"]), AWQMapping("re:.*fc1$", ["re:.*fc2$"])
-    if not getattr(config, "do_layer_norm_before", True):
-        return [attention, mlp]
-    return [
-        AWQMapping("re:.*self_attn_layer_norm$", _QKV),
-        attention,
-        AWQMapping("re:.*final_layer_norm$", ["re:.*fc1$"]),
-        mlp,
-    ]
-
-
-def _falcon(config: Any) -> list[AWQMapping]:
-    """Falcon has one norm for both branches, one for each, or one after the other."""
-    value = AWQMapping("re:.*query_key_value$", ["re:.*self_attention.dense$"])
-    qkv, up = "re:.*query_key_value$", "re:.*dense_h_to_4h$"
-    if getattr(config, "new_decoder_architecture", False) and getattr(config, "num_ln_in_parallel_attn", None) != 1:
-        return [AWQMapping("re:.*ln_attn$", [qkv]), value, AWQMapping("re:.*ln_mlp$", [up])]
-    if getattr(config, "parallel_attn", True):
-        return [AWQMapping("re:.*input_layernorm$", [qkv, up]), value]
-    return [AWQMapping("re:.*input_layernorm$", [qkv]), value, AWQMapping("re:.*post_attention_layernorm$", [up])]
-
-
-for _name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
-    register_mappings(f"{_name}ForCausalLM", _LLAMA)
-for _name in ("Gemma2", "Gemma3"):
-    register_mappings(f"{_name}ForCausalLM", _GEMMA)
-register_mappings("Phi3ForCausalLM", _PHI3)
-register_mappings("OPTForCausalLM", _opt)
-register_mappings("GPT2LMHeadModel", _GPT2)
-register_mappings("GPTNeoXForCausalLM", _INTERLEAVED)
-register_mappings("BloomForCausalLM", _INTERLEAVED)
-register_mappings("FalconForCausalLM", _falcon)
-register_mappings("BertForMaskedLM", _BERT)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
+from bitpress.models.experts import find_layer, named_layers, routers
 from bitpress.models.linears import in_features, is_linear, weight_matrix
 from bitpress.modifiers.base import Modifier, nearest
 from bitpress.modifiers.state import State
@@ -90,11 +91,12 @@ class QuantizationModifier(Modifier):
         schemes: dict[str, QuantizationScheme] = {}
         for label, group in groups.items():
             _check_scheme(label, group)
-            for name, module in model.named_modules():
+            for name, module in named_layers(model):
                 if name in schemes or not is_linear(module) or not is_match(name, module, group.targets):
                     continue
                 if not is_match(name, module, self.ignore):
                     schemes[name] = group
+        _drop_routers(model, schemes)
         _drop_shared_weights(model, schemes)
         if not schemes:
             raise BitpressError(
@@ -133,7 +135,7 @@ class QuantizationModifier(Modifier):
         state.quantized[name] = quantized
 
     def _check_patterns(self, model: nn.Module, groups: dict[str, QuantizationScheme]) -> None:
-        modules = list(model.named_modules())
+        modules = list(named_layers(model))
         linears = [name for name, module in modules if is_linear(module)]
         kinds = sorted({type(module).__name__ for _, module in modules if is_linear(module)})
         by_default = "targets" not in self.model_fields_set and self.config_groups is None
@@ -179,7 +181,7 @@ def resolve_all(
             owners.setdefault(name, modifier)
     if not schemes:
         raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
-    order = [name for name, _ in model.named_modules() if name in schemes]
+    order = [name for name, _ in named_layers(model) if name in schemes]
     return {name: schemes[name] for name in order}, owners
 
 
@@ -204,7 +206,7 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
     """Every problem at once: group sizes that do not divide, dtypes that cannot hold a scale."""
     problems: dict[tuple[int, int], list[str]] = {}
     for name, scheme in schemes.items():
-        layer = model.get_submodule(name)
+        layer = find_layer(model, name)
         dtype = weight_matrix(layer).dtype
         if dtype not in STORED_DTYPES:
             raise BitpressError(f"{name}.weight is {dtype}: load the model in float32, float16 or bfloat16.")
@@ -222,14 +224,25 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
     raise BitpressError("; ".join(lines) + ". Choose a size that fits, or add the layers to ignore.")
 
 
+def _drop_routers(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
+    """Routers of experts are left alone, as servers expect, unless a target names them."""
+    for name in routers(model):
+        if name in schemes and not any(is_match(name, _NAMELESS, target) for target in schemes[name].targets):
+            logger.info("%s decides about experts and is left alone: name it in targets to quantize it.", name)
+            del schemes[name]
+
+
+_NAMELESS = nn.Module()  # matches by its name only
+
+
 def _drop_shared_weights(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
     """A weight that another module uses too (a tied head) is left alone: to quantize it would change both."""
     users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_layers(model):
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
     for name in list(schemes):
-        others = [n for n in users[id(model.get_submodule(name).weight)] if n != name]
+        others = [n for n in users[id(find_layer(model, name).weight)] if n != name]
         if others:
             logger.warning("%s shares its weight with %s and is left alone.", name, ", ".join(others))
             del schemes[name]

@@ -47,6 +47,8 @@ class State:
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
         watch: the seconds spent in each phase.
         seed: of everything random.
+        min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
+        few_tokens: the tokens that each such expert's layer saw, by name.
     """
 
     model: nn.Module
@@ -60,3 +62,5 @@ class State:
     mapping_records: list[dict[str, Any]] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
     seed: int = 42
+    min_expert_tokens: int = 0
+    few_tokens: dict[str, int] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from torch import nn
 from bitpress.models.blocks import Block
 from bitpress.models.linears import in_features
 from bitpress.modifiers import Modifier, State
+from bitpress.pipelines.experts import share_among_experts
 from bitpress.statistics import InputCollector, InputStatistics, Statistic
 
 
@@ -42,7 +43,8 @@ def make_collector(state: State, modifiers: Sequence[Modifier], layers: Mapping[
 
 def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics: dict[str, InputStatistics]) -> None:
     """Let every modifier, in recipe order, solve the block."""
-    state.statistics = statistics
+    state.statistics, few = share_among_experts(block, statistics, state.min_expert_tokens)
+    state.few_tokens |= few
     state.ranges = {}
     for modifier in modifiers:
         modifier.on_block(state, block)

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
+from bitpress.models.experts import find_layer
 from bitpress.pipelines.data import CalibrationData
 from bitpress.session import Session
 
@@ -29,10 +30,11 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "weight_bytes_after": sum(session.stored_bytes.values()),
         "layers": layers,
         "mappings": state.mapping_records,
+        "experts_with_few_tokens": state.few_tokens,
         "versions": {name: version(name) for name in ("bitpress", "torch", "compressed-tensors")},
     }
 
 
 def _weight_bytes(session: Session, name: str) -> int:
-    weight: Any = session.model.get_submodule(name).weight
+    weight: Any = find_layer(session.model, name).weight
     return int(weight.numel() * weight.element_size())

@@ -2,8 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,11 +12,15 @@ from torch import nn
 from bitpress.checkpoints import attach, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
+from bitpress.models.experts import find_layer
 from bitpress.models.linears import in_features, weight_matrix
+from bitpress.models.lora import check_no_adapters
 from bitpress.modifiers import State
 from bitpress.modifiers.quantization import resolve_all
 from bitpress.pipelines import dry_run, infer_pipeline, run
+from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
+from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
 from bitpress.session.recipe import Recipe, RecipeLike
 from bitpress.solvers import check_finite
@@ -45,6 +49,8 @@ class Session:
         pipeline: str | None = None,
         sequential_targets: Sequence[str] | None = None,
         seed: int = 42,
+        moe_calibrate_all_experts: bool = True,
+        moe_min_tokens: int = MIN_TOKENS,
     ) -> None:
         self.model = model
         self.recipe = Recipe.of(recipe)
@@ -52,6 +58,8 @@ class Session:
         self._named_pipeline = pipeline
         self._sequential_targets = sequential_targets
         self._seed = seed
+        self._all_experts = moe_calibrate_all_experts
+        self._min_tokens = moe_min_tokens
         self._data: CalibrationData | None = None
         self._order: list[str] = []
 
@@ -64,13 +72,14 @@ class Session:
         why = is_quantized(self.model)
         if why:
             raise BitpressError(f"the model is quantized already ({why}): start from the original weights.")
+        check_no_adapters(self.model)
         modifiers = list(self.recipe.modifiers)
         schemes, owners = resolve_all(modifiers, self.model)
-        layers = {name: self.model.get_submodule(name) for name in schemes}
+        layers = {name: find_layer(self.model, name) for name in schemes}
         for name, layer in layers.items():
             check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
-        self.state = State(self.model, schemes, owners, blocks, seed=self._seed)
+        self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
 
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
@@ -82,9 +91,9 @@ class Session:
             self._data = CalibrationData(
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
-            with calibrating(self.model), self.state.watch.phase("dry run"):
+            with self._calibrating(), self.state.watch.phase("dry run"):
                 self._order = self._dry_run(self._prepared(data.probe()))
-        with calibrating(self.model), self.state.watch.phase("proofs"):
+        with self._calibrating(), self.state.watch.phase("proofs"):
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
         for block in self.state.blocks:
@@ -104,7 +113,7 @@ class Session:
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
-        with calibrating(self.model):
+        with self._calibrating():
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 
     @torch.no_grad()
@@ -112,11 +121,14 @@ class Session:
         """Write the new weights to the model, and to every quantized layer its scheme."""
         self._changes.commit(self.model)
         for name, packed in self._changes.packed.items():
-            attach(self.model.get_submodule(name), self.state.schemes[name], packed)
+            attach(find_layer(self.model, name), self.state.schemes[name], packed)
         for modifier in self.recipe.modifiers:
             modifier.on_finalize(self.state)
         self.stored_bytes = {name: packed.nbytes() for name, packed in self._changes.packed.items()}
         del self._changes
+
+    def _calibrating(self) -> AbstractContextManager[None]:
+        return calibrating(self.model, all_experts=self._all_experts)
 
     def _prepared(self, batch: Batch) -> Batch:
         """On the model's device, and without a cache: a block is run more than once."""
@@ -125,25 +137,6 @@ class Session:
         if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch.kwargs:
             return Batch(batch.args, {**batch.kwargs, "use_cache": False})
         return batch
-
-
-@contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no cache inside the ``with``; the model's own settings again after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    if caches is not None:
-        config.use_cache = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        if caches is not None:
-            config.use_cache = caches
 
 
 def parameters_bytes(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """What calibration remembers of a layer's inputs."""
 
 from bitpress.statistics.collector import InputCollector
-from bitpress.statistics.inputs import InputStatistics, Statistic
+from bitpress.statistics.inputs import InputStatistics, Statistic, pooled
 
-__all__ = ["InputCollector", "InputStatistics", "Statistic"]
+__all__ = ["InputCollector", "InputStatistics", "Statistic", "pooled"]

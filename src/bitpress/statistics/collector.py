@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bitpress.errors import BitpressError
 from bitpress.statistics.inputs import InputStatistics, Statistic
@@ -87,7 +88,8 @@ class InputCollector:
             return
         # Whatever mode the model's forward is in: the statistics outlive it.
         with torch.inference_mode(False), torch.no_grad():
-            self._observe(name, args[0] if args else next(iter(kwargs.values())))
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._observe(name, x, kwargs.get("rows") if args else None)
         self._ran[name] += 1
         if self._once_each and not self._output_needed and len(self._ran) == len(self._layers):
             raise AllSeen
@@ -95,14 +97,14 @@ class InputCollector:
     def _hook(self, name: str) -> Any:
         return lambda _, args, kwargs: self.observe(name, args, kwargs)
 
-    def _observe(self, name: str, x: Tensor) -> None:
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, _version(x), self._wanted[name])
+    def _observe(self, name: str, x: Tensor, rows: Callable[[], Tensor] | None) -> None:
+        same, held = identify(x)
+        key = (*same, self._wanted[name])
         leader = self._seen.get(key)
         if leader is not None and self._follows(name, leader):
             return
         statistics = self._statistics.get(name)
-        # The tensor is kept so that its address is not given to another one while the block runs.
-        self._seen.setdefault(key, _Leader(name, statistics is None, x))
+        self._seen.setdefault(key, _Leader(name, statistics is None, held))
         if statistics is None:
             statistics = InputStatistics(self._features[name], self._wanted[name], x.device)
         elif any(other is statistics for n, other in self._statistics.items() if n != name) and not self._leads(name):
@@ -110,7 +112,7 @@ class InputCollector:
             logger.warning("%s no longer shares its input with the layers it shared it with before.", name)
             statistics = statistics.clone()
         self._statistics[name] = statistics
-        statistics.update(_without_padding(x, self._mask))
+        statistics.update(_without_padding(x, self._mask, rows))
         if not statistics.is_finite():
             raise BitpressError(
                 f"the input of {name} holds NaN or infinite values in calibration batch {self._batch}. The model is "
@@ -132,20 +134,34 @@ class InputCollector:
 
 
 class _Leader(NamedTuple):
-    """The layer that collected an input, whether its statistics began with it, and the input."""
+    """The layer that collected an input, whether its statistics began with it, and what keeps the input's identity."""
 
     name: str
     began: bool
-    x: Tensor
+    held: Any
+
+
+def identify(x: Tensor) -> tuple[tuple[Any, ...], Any]:
+    """What views of the same rows have in common, and a reference: while it is held no other tensor has that in common.
+
+    The reference keeps the identity of the storage, not its memory.
+    """
+    held = StorageWeakRef(x.untyped_storage())
+    layout = () if x.is_contiguous() else (x.shape, x.stride())
+    return (held.cdata, x.storage_offset(), x.shape[-1:], x.numel(), layout, x.dtype, _version(x)), held
 
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+def _without_padding(x: Tensor, mask: Tensor | None, rows: Callable[[], Tensor] | None) -> Tensor:
+    """``rows`` says which tokens the rows are, where a router has chosen them."""
     if mask is None:
         return x
+    chosen = rows() if rows is not None else None
+    if chosen is not None and x.dim() == 2 and len(chosen) == len(x):
+        return x[mask.flatten().to(x.device)[chosen]]
     if x.dim() >= 3 and x.shape[:2] == mask.shape:
         return x[mask.to(x.device)]
     if x.dim() == 2 and x.shape[0] == mask.numel():

@@ -5,6 +5,7 @@ For inputs X (rows x in) and a change dW of the weight, the squared error at the
 """
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -124,6 +125,16 @@ class InputStatistics:
         if kept is None:
             raise BitpressError(f"{name} was not collected: a modifier that uses it lists it in required_statistics.")
         return kept
+
+
+def pooled(parts: Sequence[InputStatistics]) -> InputStatistics:
+    """The statistics of all that any of ``parts`` saw: one part itself, or a new sum of several."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].clone()
+    for part in parts[1:]:
+        whole.merge(part)
+    return whole
 
 
 def _zeros(wanted: Statistic, shape: tuple[int, ...], device: torch.device | str) -> Tensor | None:

@@ -1,0 +1,182 @@
+"""How experts are stored: one by one and packed where readers take them so, else as the model has them."""
+
+import functools
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.models.experts import ExpertLinear, FusedExperts, Projection, fused_experts
+
+logger = logging.getLogger(__name__)
+
+# A stand-in for an expert's matrix, small and of unequal sides.
+_ROWS, _COLUMNS = 4, 6
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """What a module's experts are called in a checkpoint.
+
+    Attributes:
+        owner: the module's name in the model.
+        experts: the experts.
+        names: of each layer, by its name in the model, without ".weight".
+        by_transformers: True if transformers reads them one by one and packed.
+    """
+
+    owner: str
+    experts: FusedExperts
+    names: Mapping[str, str]
+    by_transformers: bool
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names in the model of the parameters that hold the weights of all."""
+        fused = dict.fromkeys(p.parameter for p in self.experts.projections)
+        return [f"{self.owner}.{name}" for name in fused]
+
+    @property
+    def packable(self) -> bool:
+        """True if some reader takes them one by one: none does with biases, or where inputs come before outputs."""
+        plain = not any(p.transposed for p in self.experts.projections) and all(
+            layer.bias is None for layer in self.experts.layers.values()
+        )
+        single = len(self.experts.projections) == 1
+        return self.by_transformers or (plain and not single)
+
+
+def stored_experts(model: nn.Module) -> list[StoredExperts]:
+    """The fused experts of a transformers model, with the names of their layers in its checkpoints.
+
+    The names are those of transformers' own conversion for the family ("w1" in a Mixtral). Families whose checkpoints
+    hold the fused parameters themselves have "experts.3.gate_proj", which vLLM's loaders take.
+    """
+    found = []
+    for owner, module in model.named_modules():
+        experts = fused_experts(module)
+        if experts is None:
+            continue
+        names: dict[str, str] = {}
+        for projection in experts.projections:
+            names |= _converted(model, owner, experts, projection)
+        if len(names) == len(experts.layers):
+            found.append(StoredExperts(owner, experts, names, by_transformers=True))
+        else:
+            own = checkpoint_names(model, [f"{owner}.{local}" for local in experts.layers])
+            found.append(StoredExperts(owner, experts, own, _is_unfused_by_transformers(module)))
+    return found
+
+
+def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: Projection) -> dict[str, str]:
+    """Names that transformers gives the slices of a parameter when it saves; empty if it keeps the parameter whole.
+
+    A parameter that holds its own indices is sent through the conversion, and says where each of them went.
+    """
+    count = len(experts.module.get_parameter(projection.parameter))
+    indices = torch.arange(count * _ROWS * _COLUMNS).view(count, _ROWS, _COLUMNS)
+    pieces = _revert(model, {f"{owner}.{projection.parameter}": indices})
+    rows = projection.rows
+    if rows != slice(None) and rows.step is None:
+        rows = slice(_ROWS // 2, None) if rows.start else slice(_ROWS // 2)  # a half of the stand-in
+    names = {}
+    for local, layer in experts.layers.items():
+        if layer.projection is projection:
+            matrix = indices[layer.expert].T if projection.transposed else indices[layer.expert]
+            name = next((n for n, t in pieces.items() if torch.equal(t, matrix[rows])), None)
+            if name is not None:
+                names[f"{owner}.{local}"] = name.removesuffix(".weight")
+    return names
+
+
+def checkpoint_names(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Names of layers as transformers would write them: a vision-language model's checkpoint has other prefixes."""
+    by_number = {f"{name}.weight": torch.tensor([float(i)]) for i, name in enumerate(names)}
+    stored = {int(t): name.removesuffix(".weight") for name, t in _revert(model, by_number).items()}
+    return {name: stored.get(i, name) for i, name in enumerate(names)}
+
+
+def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers would write for these tensors."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
+    except ImportError:
+        return tensors
+    if not hasattr(model, "config"):
+        return tensors
+    of_transformers: Any = model
+    reverted: dict[str, Tensor] = revert_weight_conversion(of_transformers, tensors)
+    return reverted
+
+
+@functools.cache
+def _unfused_classes() -> frozenset[str]:
+    try:
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION  # noqa: PLC0415
+    except ImportError:
+        return frozenset()
+    return frozenset(MODULES_TO_PATCH_FOR_QUANTIZATION)
+
+
+def _is_unfused_by_transformers(module: nn.Module) -> bool:
+    """True if transformers puts one linear layer per expert in its place when it loads a compressed checkpoint."""
+    return type(module).__name__ in _unfused_classes()
+
+
+def choose_packed(
+    stored: Sequence[StoredExperts], packed: Mapping[str, Any], *, one_scheme: bool
+) -> tuple[list[StoredExperts], list[StoredExperts]]:
+    """Experts that are stored one by one and packed, and those that stay whole, with warnings where readers differ.
+
+    Args:
+        stored: all of the model's.
+        packed: the layers that are quantized and can be packed, by name.
+        one_scheme: True if all of these have one scheme.
+    """
+    complete = [s for s in stored if all(name in packed for name in s.names)]
+    # transformers' loader takes all experts of a model packed, by one scheme, or none.
+    uniform = one_scheme and len(complete) == len(stored)
+    apart = [s for s in complete if s.packable and (uniform or not s.by_transformers)]
+    whole = [s for s in stored if s not in apart]
+    quantized = [s for s in whole if any(name in packed for name in s.names)]
+    if quantized:
+        logger.warning(
+            "the experts of %s%s hold the quantized values but are stored dense: %s.",
+            quantized[0].owner,
+            f" and {len(quantized) - 1} more" if len(quantized) > 1 else "",
+            "no reader takes experts of this layout packed"
+            if not quantized[0].packable
+            else "transformers reads all experts of a model packed with one scheme, or none",
+        )
+    unread = [s for s in apart if not s.by_transformers]
+    if unread:
+        logger.warning(
+            "the experts (%s) are stored packed, one by one, for vLLM; transformers has no reader for that and would "
+            "leave them random without an error: use bitpress.load.",
+            type(unread[0].experts.module).__name__,
+        )
+    if any(not layer.quantization_scheme.weights.symmetric for s in apart for layer in _layers(s)):
+        logger.warning(
+            "the experts are stored with zero points: vLLM reads them, but transformers up to 5.23 stops with an "
+            "error. Use bitpress.load, or symmetric=True for the experts."
+        )
+    return apart, whole
+
+
+def _layers(stored: StoredExperts) -> list[Any]:
+    return list(stored.experts.layers.values())
+
+
+def expert_targets(stored: Sequence[StoredExperts]) -> list[str]:
+    """Patterns that match the experts' layers, and nothing else, by their names in the model and in vLLM."""
+    tails = dict.fromkeys(s.owner.rpartition(".")[2] for s in stored)
+    return [rf"re:.*\.{re.escape(tail)}\.\d+\..*" for tail in tails]
+
+
+def is_expert(layer: nn.Module) -> bool:
+    """True for a layer of fused experts."""
+    return isinstance(layer, ExpertLinear)

@@ -1,0 +1,173 @@
+"""The mappings of a model, block by block: the user's, the registry's or discovered, and each one proven."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressed_tensors.utils import is_match
+from torch import Tensor, nn
+
+from bitpress.errors import BitpressError
+from bitpress.models.blocks import Block
+from bitpress.models.discovery import Left, discover, structure
+from bitpress.models.proofs import Claim, Proof, Prover
+from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping
+
+Considers = Callable[[str, nn.Module, Block], bool]
+
+
+@dataclass
+class Resolution:
+    """What holds in each block.
+
+    Attributes:
+        mappings: by the block's name.
+        left: the targeted layers without a mapping, by the block's name, where discovery has looked for one.
+        kinds: a number for each kind of block, by the block's name.
+    """
+
+    mappings: dict[str, list[ResolvedMapping]]
+    left: dict[str, list[Left]] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+def resolve_mappings(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    considers: Considers = lambda name, _, block: name in block.layers,
+    stated: Sequence[AWQMapping] | None = None,
+    seed: int = 0,
+) -> Resolution:
+    """The mappings that a user has ``stated``, or the registry has for the model's family, or that running finds.
+
+    Args:
+        model: the model.
+        blocks: its blocks, with their calls of the dry run.
+        considers: says of a layer of a block, by name, whether it is to be balanced.
+        stated: the user's; None to look further.
+        seed: of the random scales of the proofs.
+
+    Raises:
+        BitpressError: a stated or registered mapping that fits no block, joins blocks, shares its smooth layer with
+            another, or does not hold; the difference is measured.
+    """
+    registered = registered_mappings(model) if stated is None else None
+    table = stated if stated is not None else registered
+    if table is None:
+        return _discovered(blocks, considers, seed)
+    source = "user" if stated is not None else "registry"
+    resolution = Resolution({b.name: _in_block(table, b, considers, source) for b in blocks}, kinds=_kinds(blocks))
+    if stated is not None:
+        _check_all_used(stated, resolution, blocks)
+    _prove(resolution, blocks, seed)
+    return resolution
+
+
+def _in_block(table: Sequence[AWQMapping], block: Block, considers: Considers, source: str) -> list[ResolvedMapping]:
+    found = [resolved for mapping in table for resolved in resolve_mapping(mapping, block, source)]
+    found = [m for m in found if any(considers(n, layer, block) for n, layer in m.balance.items())]
+    first: dict[str, ResolvedMapping] = {}
+    for mapping in found:
+        other = first.setdefault(mapping.smooth_name, mapping)
+        if other is not mapping:
+            raise BitpressError(
+                f"{mapping.smooth_name} is the smooth layer of two mappings, {other.mapping} and {mapping.mapping}: a "
+                "layer absorbs one scale. Join their balance layers in one mapping."
+            )
+    return found
+
+
+def _discovered(blocks: Sequence[Block], considers: Considers, seed: int) -> Resolution:
+    """Mappings found by running each kind of block once; its other blocks have them proven only."""
+    resolution = Resolution({block.name: [] for block in blocks}, kinds=_kinds(blocks))
+    known: dict[int, tuple[str, list[ResolvedMapping], list[Left]]] = {}
+    for block in blocks:
+        if not block.calls:
+            continue
+        kind = resolution.kinds[block.name]
+        source, of_kind, left = known.get(kind, ("", [], []))
+        modules = dict(block.named_modules())
+        mappings = [mapping.moved(source, block, modules) for mapping in of_kind]
+        claims = [m.claim() for m in mappings]
+        if kind in known:
+            left = [Left(tuple(block.name + n.removeprefix(source) for n in x.layers), x.why) for x in left]
+        if kind not in known or (claims and not Prover(block, seed).prove_together(claims).holds):
+            findings = discover(block, seed)
+            mappings, left = [ResolvedMapping.discovered(f, modules) for f in findings.found], findings.left
+            known[kind] = (block.name, mappings, left)
+        resolution.left[block.name] = left
+        resolution.mappings[block.name] = [
+            m for m in mappings if any(considers(n, layer, block) for n, layer in m.balance.items())
+        ]
+    return resolution
+
+
+def _kinds(blocks: Sequence[Block]) -> dict[str, int]:
+    numbers: dict[Any, int] = {}
+    return {block.name: numbers.setdefault(structure(block), len(numbers)) for block in blocks}
+
+
+def _prove(resolution: Resolution, blocks: Sequence[Block], seed: int) -> None:
+    """Every mapping on every block that ran; where one fails, nothing has been changed yet."""
+    maps: dict[Any, tuple[Tensor, int]] = {}
+    for block in blocks:
+        mappings = resolution.mappings[block.name]
+        if not block.calls or not mappings:
+            continue
+        prover = Prover(block, seed)
+        known = []
+        for mapping in mappings:
+            # The channel map of a kind that has been proven alone: all of these at once is enough.
+            if mapping.kind(block) in maps:
+                mapping.channel_map, mapping.power = maps[mapping.kind(block)]
+                known.append(mapping)
+            else:
+                _prove_alone(mapping, block, prover)
+                if mapping.channel_map is not None:
+                    maps[mapping.kind(block)] = mapping.channel_map, mapping.power
+        if not known:
+            continue
+        together = prover.prove_together([m.claim() for m in known])
+        for mapping in known:
+            if together.holds:
+                mapping.difference = together.difference
+            else:
+                mapping.channel_map = None
+                _prove_alone(mapping, block, prover)
+
+
+def _prove_alone(mapping: ResolvedMapping, block: Block, prover: Prover) -> None:
+    proof = prover.prove(Claim(mapping.smooth, list(mapping.balance.values())))
+    if proof.untested:
+        return
+    if not proof.holds:
+        raise BitpressError(_refutation(mapping, block, proof))
+    mapping.channel_map, mapping.difference, mapping.power = proof.channel_map, proof.difference, proof.power
+
+
+def _check_all_used(stated: Sequence[AWQMapping], resolution: Resolution, blocks: Sequence[Block]) -> None:
+    used = {str(m.mapping) for found in resolution.mappings.values() for m in found}
+    for mapping in stated:
+        if str(mapping) in used:
+            continue
+        smooth, balance = (
+            [b.label for b in blocks if any(is_match(n, m, list(patterns)) for n, m in b.named_modules())]
+            for patterns in ([mapping.smooth_layer], mapping.balance_layers)
+        )
+        if smooth and balance and not set(smooth) & set(balance):
+            raise BitpressError(
+                f"{mapping} joins layers of different blocks: its smooth layer is in {smooth[0]}, its balance layers "
+                f"in {balance[0]}. A mapping stays within a block; state larger blocks with sequential_targets."
+            )
+        raise BitpressError(
+            f"{mapping} fits no block: its smooth layer and its quantized balance layers must be in one block, "
+            "and the smooth layer must be a norm or a linear layer."
+        )
+
+
+def _refutation(mapping: ResolvedMapping, block: Block, proof: Proof) -> str:
+    return (
+        f"{mapping.mapping} ({mapping.source}) is not valid in {block.label}: with random scales moved from "
+        f"{', '.join(mapping.balance)} to {mapping.smooth_name} the block's output moves by {proof.difference:.2g} of "
+        f"what the scales alone do (rounding explains {proof.tolerance:.2g}). Remove or correct the mapping."
+    )
