@@ -2,6 +2,7 @@
 
 from bitpress.checkpoints import load, save
 from bitpress.errors import BitpressError
+from bitpress.mappings import find_mappings
 from bitpress.modifiers import AWQMapping, AWQModifier, Modifier, QuantizationModifier, register_mappings
 from bitpress.oneshot import oneshot
 from bitpress.session import Recipe
@@ -13,6 +14,7 @@ __all__ = [
     "Modifier",
     "QuantizationModifier",
     "Recipe",
+    "find_mappings",
     "load",
     "oneshot",
     "register_mappings",

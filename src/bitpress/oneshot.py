@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bitpress.checkpoints import bind_save_pretrained, check_destination, save
-from bitpress.checkpoints.pretrained import load_pretrained
+from bitpress.checkpoints.pretrained import load_named
 from bitpress.checkpoints.saving import Companions
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
@@ -94,7 +94,7 @@ def oneshot(  # noqa: PLR0913
     if not isinstance(model, nn.Module):
         if tokenizer is None and processor is None:
             tokenizer = _find_tokenizer(model, trust_remote_code_model)
-        model = _load_model(model, trust_remote_code_model)
+        model = load_named(model, trust_remote_code=trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
     if output_dir is not None:
@@ -133,15 +133,6 @@ def oneshot(  # noqa: PLR0913
     if output_dir is not None:
         save(model, output_dir, save_compressed=save_compressed, overwrite=overwrite)
     return model
-
-
-def _load_model(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
-    if not _is_name(source):
-        raise BitpressError(f"a {type(source).__name__} is no model: give a module, a path or a hub id.")
-    try:
-        return load_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
 
 
 def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:

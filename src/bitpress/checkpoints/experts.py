@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.checkpoints.attached import scheme_of
 from bitpress.models.experts import ExpertLinear, FusedExperts, Projection, fused_experts
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,14 @@ class StoredExperts:
         experts: the experts.
         names: of each layer, by its name in the model, without ".weight".
         by_transformers: True if transformers reads them one by one and packed.
+        as_layers: True if it puts a linear layer for each in the model, which reads zero points too.
     """
 
     owner: str
     experts: FusedExperts
     names: Mapping[str, str]
     by_transformers: bool
+    as_layers: bool = False
 
     @property
     def parameters(self) -> list[str]:
@@ -68,7 +71,8 @@ def stored_experts(model: nn.Module) -> list[StoredExperts]:
             found.append(StoredExperts(owner, experts, names, by_transformers=True))
         else:
             own = checkpoint_names(model, [f"{owner}.{local}" for local in experts.layers])
-            found.append(StoredExperts(owner, experts, own, _is_unfused_by_transformers(module)))
+            unfused = _is_unfused_by_transformers(module)
+            found.append(StoredExperts(owner, experts, own, by_transformers=unfused, as_layers=unfused))
     return found
 
 
@@ -93,15 +97,34 @@ def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: 
     return names
 
 
-def checkpoint_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Names of layers as transformers would write them: a vision-language model's checkpoint has other prefixes."""
-    by_number = {f"{name}.weight": torch.tensor([float(i)]) for i, name in enumerate(names)}
-    stored = {int(t): name.removesuffix(".weight") for name, t in _revert(model, by_number).items()}
-    return {name: stored.get(i, name) for i, name in enumerate(names)}
+def checkpoint_names(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """What the layers are called in a compressed checkpoint, by their names in the model: see :func:`tensor_names`."""
+    weights = tensor_names(model, {f"{name}.weight": 2 for name in layers})
+    return {name: weights[f"{name}.weight"].removesuffix(".weight") for name in layers}
+
+
+def tensor_names(model: nn.Module, dimensions: Mapping[str, int]) -> dict[str, str]:
+    """What tensors are called in a compressed checkpoint, by their names in the model.
+
+    A vision-language model's checkpoint has other prefixes, for instance. What transformers would split or join keeps
+    the model's own name: beside packed weights its loader does not join dense ones, and would leave them random.
+
+    Args:
+        model: the model.
+        dimensions: how many each tensor has, by its name.
+    """
+    stand_ins = {name: torch.zeros([_ROWS] * count) for name, count in dimensions.items()}
+    stored = _revert(model, dict(stand_ins))
+    by_address = {t.data_ptr(): name for name, t in stored.items()}
+    whole = {t.data_ptr() for t in stored.values() if t.shape == (_ROWS,) * t.dim()}
+    return {
+        name: by_address[t.data_ptr()] if t.data_ptr() in whole and t.data_ptr() in by_address else name
+        for name, t in stand_ins.items()
+    }
 
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers would write for these tensors."""
+    """What transformers would write for these tensors; nothing where it needs more of the model to tell."""
     try:
         from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
     except ImportError:
@@ -109,7 +132,10 @@ def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not hasattr(model, "config"):
         return tensors
     of_transformers: Any = model
-    reverted: dict[str, Tensor] = revert_weight_conversion(of_transformers, tensors)
+    try:
+        reverted: dict[str, Tensor] = revert_weight_conversion(of_transformers, tensors)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError):
+        return {}
     return reverted
 
 
@@ -138,9 +164,8 @@ def choose_packed(
         one_scheme: True if all of these have one scheme.
     """
     complete = [s for s in stored if all(name in packed for name in s.names)]
-    # transformers' loader takes all experts of a model packed, by one scheme, or none.
-    uniform = one_scheme and len(complete) == len(stored)
-    apart = [s for s in complete if s.packable and (uniform or not s.by_transformers)]
+    # transformers' loader unpacks all experts of a model by one scheme.
+    apart = [s for s in complete if s.packable and (one_scheme or not s.by_transformers)]
     whole = [s for s in stored if s not in apart]
     quantized = [s for s in whole if any(name in packed for name in s.names)]
     if quantized:
@@ -150,7 +175,7 @@ def choose_packed(
             f" and {len(quantized) - 1} more" if len(quantized) > 1 else "",
             "no reader takes experts of this layout packed"
             if not quantized[0].packable
-            else "transformers reads all experts of a model packed with one scheme, or none",
+            else "transformers reads packed experts only where all of a module are quantized, by one scheme",
         )
     unread = [s for s in apart if not s.by_transformers]
     if unread:
@@ -159,16 +184,13 @@ def choose_packed(
             "leave them random without an error: use bitpress.load.",
             type(unread[0].experts.module).__name__,
         )
-    if any(not layer.quantization_scheme.weights.symmetric for s in apart for layer in _layers(s)):
+    fused = [layer for s in apart if s.by_transformers and not s.as_layers for layer in s.experts.layers.values()]
+    if any(not scheme_of(layer).weights.symmetric for layer in fused):
         logger.warning(
             "the experts are stored with zero points: vLLM reads them, but transformers up to 5.23 stops with an "
             "error. Use bitpress.load, or symmetric=True for the experts."
         )
     return apart, whole
-
-
-def _layers(stored: StoredExperts) -> list[Any]:
-    return list(stored.experts.layers.values())
 
 
 def expert_targets(stored: Sequence[StoredExperts]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
 from bitpress.checkpoints.packed import read_weights, scheme_for, take_packed, targets_of, write_expert
-from bitpress.checkpoints.pretrained import load_pretrained, load_unread_experts
+from bitpress.checkpoints.pretrained import load_compressed, load_pretrained
 from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
@@ -48,11 +48,10 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **op
 
 
 def _load_transformers(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    """By transformers itself, but for what it cannot read."""
     if "model_type" not in config:
         raise BitpressError(f"{path} is not of a transformers model: give bitpress.load a model of its architecture.")
     try:
-        return load_unread_experts(path, config, options) or load_pretrained(path, **options)
+        return load_compressed(path, config, options) or load_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise BitpressError(f"transformers cannot load {path}: {error}") from error
 

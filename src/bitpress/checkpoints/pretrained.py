@@ -10,6 +10,7 @@ from torch import nn
 from bitpress.checkpoints.attached import attach
 from bitpress.checkpoints.experts import checkpoint_names, stored_experts
 from bitpress.checkpoints.packed import read_weights, scheme_for, take_packed, targets_of, write_expert
+from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear
 from bitpress.quantization import PackedWeight, QuantizationScheme
@@ -27,8 +28,26 @@ def load_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module
     return model
 
 
-def load_unread_experts(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module | None:
-    """The model of a checkpoint whose experts are packed in a way that transformers cannot read; None of any other."""
+def load_named(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that a user names.
+
+    Raises:
+        BitpressError: it is no name, or nothing can be loaded by it.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise BitpressError(f"a {type(source).__name__} is no model: give a module, a path or a hub id.")
+    try:
+        return load_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
+
+
+def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module | None:
+    """The model of a compressed checkpoint, with dense weights and its layers marked as quantized.
+
+    It does not depend on what transformers reads: experts with zero points, or models that it cannot initialize without
+    weights. None if the checkpoint is not compressed, or transformers has no class for it.
+    """
     import transformers  # noqa: PLC0415
 
     by_target = targets_of(config)
@@ -39,28 +58,20 @@ def load_unread_experts(path: Path, config: dict[str, Any], options: dict[str, A
     del model_config.quantization_config
     with torch.device("meta"):
         skeleton = model_class(model_config)
-    experts = stored_experts(skeleton)
-    names = {layer: stored for each in experts for layer, stored in each.names.items()}
-    if not names:
-        return None
+    names = _stored_names(skeleton)
     weights = read_weights(path)
-    if not any(f"{stored}.weight_packed" in weights for stored in names.values()) or (
-        all(each.by_transformers for each in experts) and all(s.weights.symmetric for s in by_target.values())
-    ):
-        return None
-    linears = {name: layer for name, layer in named_layers(skeleton) if is_linear(layer)}
-    names = checkpoint_names(skeleton, [name for name in linears if name not in names]) | names
     packed: dict[str, tuple[QuantizationScheme, PackedWeight]] = {}
-    for name, layer in linears.items():
-        if f"{names[name]}.weight_packed" not in weights:
+    for name, stored in names.items():
+        if f"{stored}.weight_packed" not in weights:
             continue
+        layer = find_layer(skeleton, name)
         scheme = scheme_for(name, layer, by_target)
-        packed[name] = scheme, take_packed(weights, names[name], scheme)
+        packed[name] = scheme, take_packed(weights, stored, scheme)
         dense = packed[name][1].unpack().dequantize()
         if isinstance(layer, ExpertLinear):
             write_expert(weights, name, layer, dense)
         else:
-            weights[f"{names[name]}.weight"] = as_parameter(layer, dense)
+            weights[f"{stored}.weight"] = as_parameter(layer, dense)
     options = {"dtype": model_config.dtype, **options}
     model: Any = model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
     if (path / "generation_config.json").is_file():
@@ -69,3 +80,10 @@ def load_unread_experts(path: Path, config: dict[str, Any], options: dict[str, A
         attach(find_layer(model, name), scheme, weight)
     loaded: nn.Module = model
     return loaded
+
+
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """What each linear layer is called in a checkpoint, by its name in the model."""
+    of_experts = {layer: stored for each in stored_experts(model) for layer, stored in each.names.items()}
+    others = [name for name, layer in named_layers(model) if is_linear(layer) and name not in of_experts]
+    return checkpoint_names(model, others) | of_experts

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from bitpress.checkpoints.attached import attached_layers, packed_weight, scheme_of
 from bitpress.checkpoints.config import quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
-from bitpress.checkpoints.experts import choose_packed, is_expert, stored_experts
+from bitpress.checkpoints.experts import checkpoint_names, choose_packed, is_expert, stored_experts, tensor_names
+from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.errors import BitpressError
 from bitpress.quantization import PackedWeight
 
@@ -131,13 +131,7 @@ def _write_transformers(
     packed: dict[str, PackedWeight],
     options: dict[str, Any],
 ) -> None:
-    read = {name: layer for name, layer in layers.items() if _is_readable(layer, packed[name])}
-    if len(read) < len(layers):
-        logger.warning(
-            "%d quantized layers (of class %s) are stored dense, because compressed-tensors cannot read them packed.",
-            len(layers) - len(read),
-            ", ".join(sorted({type(layer).__name__ for name, layer in layers.items() if name not in read})),
-        )
+    read = _readable(model, layers, packed)
     stored = stored_experts(model)
     one_scheme = len({str(scheme_of(layer).weights) for n, layer in read.items() if is_expert(layer)}) == 1
     apart, whole = choose_packed(stored, read, one_scheme=one_scheme)
@@ -145,14 +139,49 @@ def _write_transformers(
     names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
     for name in [parameter for s in apart for parameter in s.parameters]:
         del state[name]
-    tensors = _replace_weights(state, {name: packed[name] for name in read}, names)
-    type(model).save_pretrained(model, draft, state_dict=tensors, **options)
-    if read:
+    if not read:
+        type(model).save_pretrained(model, draft, state_dict=state, **options)
+    else:
+        linears = checkpoint_names(model, [name for name in read if name not in names]) | names
+        weights = {f"{name}.weight" for name in read}
+        dense = {name: tensor for name, tensor in state.items() if name not in weights}
+        stored_names = tensor_names(model, {name: tensor.dim() for name, tensor in dense.items()})
+        tensors = {stored_names[name]: tensor for name, tensor in dense.items()}
+        for name, stored_name in linears.items():
+            tensors |= {f"{stored_name}.{kind}": t for kind, t in packed[name].tensors().items()}
+        type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
         _warn_of_broken_pair(packed)
+        _warn_of_failing_load(model, read)
         file = draft / CONFIG_FILE
         config = json.loads(file.read_text())
         config["quantization_config"] = quantization_config(model, read, apart, whole)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _readable(model: nn.Module, layers: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> dict[str, nn.Module]:
+    """The layers that readers take packed, with a warning of those that they do not."""
+    by_itself = {name for name in layers if is_read_by_its_parent(model, name)}
+    read = {n: m for n, m in layers.items() if n not in by_itself and _is_readable(m, packed[n])}
+    for names, why in (
+        (by_itself, "the model's own code uses their weights"),
+        (layers.keys() - read.keys() - by_itself, "compressed-tensors cannot read them packed"),
+    ):
+        if names:
+            classes = ", ".join(sorted({type(layers[name]).__name__ for name in names}))
+            message = "%d quantized layers (of class %s; %s) are stored dense, because %s."
+            logger.warning(message, len(names), classes, min(names), why)
+    return read
+
+
+def _warn_of_failing_load(model: nn.Module, read: dict[str, nn.Module]) -> None:
+    failing = initializer_needs_weights(model, read)
+    if failing:
+        logger.warning(
+            "transformers cannot load a packed %s: to initialize its %s it needs their weights. vLLM reads this "
+            "checkpoint if it knows the model; in Python, use bitpress.load.",
+            type(model).__name__,
+            failing,
+        )
 
 
 def _write_plain(
@@ -165,7 +194,7 @@ def _write_plain(
     experts = [s for s in stored_experts(model) if all(layer in packed for layer in s.names)]
     for name in [parameter for s in experts for parameter in s.parameters]:
         del state[name]
-    tensors = _replace_weights(state, packed, {name: name for s in experts for name in s.names})
+    tensors = _replace_weights(state, packed)
     shared: dict[int, str] = {}
     aliases = {}
     for name, tensor in list(tensors.items()):
@@ -197,19 +226,12 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
-def _replace_weights(
-    state: dict[str, Tensor], packed: dict[str, PackedWeight], names: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
-    """The state dict with each packed layer's weight in its stored form; ``names`` are those of experts' layers."""
-    tensors: dict[str, Tensor] = {}
-    for layer, stored in (names or {}).items():
-        tensors |= {f"{stored}.{kind}": t for kind, t in packed[layer].tensors().items()}
-    for name, tensor in state.items():
-        layer = name.removesuffix(".weight")
-        if layer in packed and layer != name:
-            tensors |= {f"{layer}.{kind}": t for kind, t in packed[layer].tensors().items()}
-        else:
-            tensors[name] = tensor
+def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
+    """The state dict with each packed layer's weight in its stored form."""
+    weights = {f"{name}.weight" for name in packed}
+    tensors = {name: tensor for name, tensor in state.items() if name not in weights}
+    for name, weight in packed.items():
+        tensors |= {f"{name}.{kind}": t for kind, t in weight.tensors().items()}
     return tensors
 
 

@@ -1,12 +1,14 @@
 """Blocks: the repeated sub-networks of a model, which are calibrated one after the other."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from compressed_tensors.utils import is_match
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, named_layers
@@ -31,6 +33,17 @@ class Call:
         """Make the call."""
         with self.within():
             return function(*self.args, **self.kwargs)
+
+    def copy(self) -> "Call":
+        """The same call with tensors, containers and caches of its own: a block may write to what it is given."""
+        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        return Call(args, kwargs, self.within)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
 
 
 @dataclass

@@ -84,6 +84,8 @@ def discover(block: Block, seed: int = 0) -> Findings:
     Raises:
         BitpressError: the block's output changes from run to run.
     """
+    if block.name in block.layers:
+        return Findings(left=[Left((block.name,), "it is a block of its own: nothing runs before it there")])
     ran, groups, unsuitable = _watch(block)
     search = _Search(block, ran, Prover(block, seed))
     alike: dict[tuple[Any, ...], list[_Group]] = {}
@@ -255,7 +257,7 @@ def _watch(block: Block) -> tuple[dict[str, nn.Module], list[_Group], dict[str, 
     layers = {n: m for n, m in block.named_modules() if n != block.name and (out_channels(m) or has_columns(m))}
     handles = [m.register_forward_pre_hook(watch(n, m), with_kwargs=True) for n, m in layers.items()]
     try:
-        block.calls[0].of(block.module)
+        block.calls[0].copy().of(block.module)
     finally:
         for handle in handles:
             handle.remove()

@@ -242,7 +242,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _output(block: Block) -> list[Tensor]:
-    leaves = tree_leaves(block.calls[0].of(block.module))
+    leaves = tree_leaves(block.calls[0].copy().of(block.module))
     return [t.clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 

@@ -12,8 +12,8 @@ from bitpress.models.linears import is_linear, weight_matrix
 
 def out_channels(module: nn.Module) -> int | None:
     """How many output channels can be scaled: of a linear layer, a convolution or a norm; None if it is neither."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = module._parameters.get("weight")
+    if weight is None:
         return None
     if is_linear(module):
         return weight_matrix(module).shape[0]
@@ -71,7 +71,7 @@ def norm_offset(module: nn.Module) -> float:
         at = [
             functional_call(module, {"weight": torch.full_like(weight, v), **fixed}, (x,)).double() for v in (0, 1, 3)
         ]
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: {error}") from error
     slope = at[1] - at[0]
     offset = float((at[0] * slope).sum() / (slope * slope).sum())

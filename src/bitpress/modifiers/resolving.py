@@ -22,7 +22,7 @@ class Resolution:
 
     Attributes:
         mappings: by the block's name.
-        left: the targeted layers without a mapping, by the block's name, where discovery has looked for one.
+        left: the targeted layers without a mapping, by the block's name.
         kinds: a number for each kind of block, by the block's name.
     """
 
@@ -60,6 +60,10 @@ def resolve_mappings(
     if stated is not None:
         _check_all_used(stated, resolution, blocks)
     _prove(resolution, blocks, seed)
+    for block in blocks:
+        stated_for = {name for mapping in resolution.mappings[block.name] for name in mapping.balance}
+        missing = tuple(name for name in block.layers if name not in stated_for)
+        resolution.left[block.name] = [Left(missing, f"no mapping of the {source} names it")] if missing else []
     return resolution
 
 
@@ -80,6 +84,7 @@ def _in_block(table: Sequence[AWQMapping], block: Block, considers: Considers, s
 def _discovered(blocks: Sequence[Block], considers: Considers, seed: int) -> Resolution:
     """Mappings found by running each kind of block once; its other blocks have them proven only."""
     resolution = Resolution({block.name: [] for block in blocks}, kinds=_kinds(blocks))
+    resolution.left = {b.name: [Left(tuple(b.layers), "its block did not run in the dry run")] for b in blocks}
     known: dict[int, tuple[str, list[ResolvedMapping], list[Left]]] = {}
     for block in blocks:
         if not block.calls:

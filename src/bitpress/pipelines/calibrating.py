@@ -26,7 +26,8 @@ def calibrating(model: nn.Module, *, all_experts: bool = True) -> Iterator[None]
             for config in _configs(model):
                 # A cache would grow each time a block runs; fused kernels do not tell one expert from another.
                 stack.enter_context(_setting(config, "use_cache", value=False))
-                stack.enter_context(_setting(config, "_experts_implementation", value="eager"))
+                # The public name would set it in the parts' configs too.
+                stack.enter_context(_setting(config, "_experts_implementation_internal", value="eager"))
             stack.enter_context(called_out_projections(model))
             stack.enter_context(every_token(model, enabled=all_experts))
             stack.enter_context(torch.no_grad())

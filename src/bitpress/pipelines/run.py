@@ -1,7 +1,10 @@
 """Choosing a pipeline, the dry run, and running it."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
+
+from torch import nn
 
 from bitpress.checkpoints.changes import Changes
 from bitpress.errors import BitpressError
@@ -43,6 +46,9 @@ def dry_run(state: State, probe: Batch) -> list[str]:
 
     Returns:
         The names of the blocks in the order of their calls; a block that is called twice is there twice.
+
+    Raises:
+        BitpressError: the model's forward does not take the batch; the arguments that it lacks are named.
     """
     points = PausePoints(state.blocks)
     order: list[str] = []
@@ -52,9 +58,11 @@ def dry_run(state: State, probe: Batch) -> list[str]:
             forward.resume()
             while forward.at is not None:
                 block, call = forward.at, forward.waiting_for
-                block.calls.append(call)
+                block.calls.append(call.copy())
                 order.append(block.name)
                 forward.resume(points.run(block, call))
+        except (TypeError, ValueError) as error:
+            raise BitpressError(_refusal(state.model, probe, error)) from error
         finally:
             forward.stop()
     for block in state.blocks:
@@ -64,6 +72,20 @@ def dry_run(state: State, probe: Batch) -> list[str]:
                 block.label,
             )
     return order
+
+
+def _refusal(model: nn.Module, probe: Batch, error: Exception) -> str:
+    given = [*(f"argument {i + 1}" for i in range(len(probe.args))), *probe.kwargs]
+    parameters = list(inspect.signature(model.forward).parameters.values())[len(probe.args) :]
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    lacking = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in optional and p.name not in probe.kwargs
+    ]
+    needs = f"its forward needs {', '.join(lacking)}, which the data does not give" if lacking else str(error)
+    return (
+        f"{type(model).__name__} cannot run the first calibration batch ({', '.join(given)}): {needs}. Give oneshot a "
+        "dataset of dictionaries with all that the model's forward takes."
+    )
 
 
 def run(

@@ -106,7 +106,8 @@ class _Schedule:
         with nullcontext() if is_layer else collector.watching(), self.state.watch.phase("calibrate"):
             for index in self._at(block):
                 forward = self.forwards[index]
-                call = forward.waiting_for
+                # The block runs again on what it was given, unless this is what the forward gets.
+                call = forward.waiting_for if go_on else forward.waiting_for.copy()
                 output = None
                 with collector.batch(index, self.masks[index], output_needed=go_on or offloads):
                     if is_layer:
