@@ -99,8 +99,9 @@ def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: 
 
 def checkpoint_names(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """What the layers are called in a compressed checkpoint, by their names in the model: see :func:`tensor_names`."""
-    weights = tensor_names(model, {f"{name}.weight": 2 for name in layers})
-    return {name: weights[f"{name}.weight"].removesuffix(".weight") for name in layers}
+    # A renaming may be of ".weight" only.
+    names = tensor_names(model, {f"{name}.weight_packed": 2 for name in layers})
+    return {name: names[f"{name}.weight_packed"].removesuffix(".weight_packed") for name in layers}
 
 
 def tensor_names(model: nn.Module, dimensions: Mapping[str, int]) -> dict[str, str]:

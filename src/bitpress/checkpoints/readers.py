@@ -1,8 +1,9 @@
 """What transformers can do with a layer whose weight is packed, and so absent until the layer is called."""
 
+import copy
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,17 +22,29 @@ def is_read_by_its_parent(model: nn.Module, name: str) -> bool:
 
 def initializer_needs_weights(model: Any, layers: Collection[str]) -> str | None:
     """The class of module whose initializing by transformers, part of every load, fails without these weights."""
+    config = copy.deepcopy(model.config)
+    if isinstance(config.dtype, str):
+        config.dtype = getattr(torch, config.dtype)  # saving has left its name there
     with torch.device("meta"):
-        skeleton = type(model)(model.config)
+        skeleton = type(model)(config)
     for name in layers:
         try:
             skeleton.get_submodule(name)._parameters.pop("weight", None)
         except AttributeError:
             continue  # a layer of fused experts
-    for module in skeleton.modules():
-        try:
-            skeleton._init_weights(module)
-        except AttributeError as error:
-            if "weight" in str(error):
-                return type(module).__name__
+    return _failing(skeleton, skeleton._init_weights)
+
+
+def _failing(module: nn.Module, initialize: Callable[[nn.Module], None]) -> str | None:
+    """The class of the first module that cannot be initialized; a model within a model has its own initializer."""
+    initialize = getattr(module, "_init_weights", initialize)
+    for child in module.children():
+        failing = _failing(child, initialize)
+        if failing:
+            return failing
+    try:
+        initialize(module)
+    except AttributeError as error:
+        if "weight" in str(error):
+            return type(module).__name__
     return None

@@ -55,16 +55,22 @@ class Block:
         module: the sub-network.
         layers: the targeted layers in it, by their names in the model.
         calls: its calls in the dry run, in order; empty when there was none.
+        first_output: what the first of these gave.
     """
 
     name: str
     module: nn.Module
     layers: dict[str, nn.Module]
     calls: list[Call] = field(default_factory=list)
+    first_output: Any = None
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the block by its name in the model, the layers of fused experts too."""
         yield from named_layers(self.module, prefix=self.name)
+
+    def forget(self) -> None:
+        """Let go of the dry run."""
+        self.calls, self.first_output = [], None
 
     @property
     def label(self) -> str:

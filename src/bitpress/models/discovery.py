@@ -221,13 +221,14 @@ def _why(group: _Group) -> str:
     if group.failed is None:
         return group.trouble or "no norm, linear layer or convolution runs before it in its block"
     smooth, proof = group.failed
+    more = f"; {group.trouble}" if group.trouble else ""
     if proof.untested:
         return "it has no share in the block's output in the dry run"
     if not math.isfinite(proof.difference):
-        return f"no layer before it has output channels that fit its inputs (the nearest is {smooth})"
+        return f"no layer before it has output channels that fit its inputs (the nearest is {smooth}){more}"
     return (
         f"nothing before it absorbs its scale: with the best, {smooth}, the block's output moves by "
-        f"{proof.difference:.2g} of what the scale alone does"
+        f"{proof.difference:.2g} of what the scale alone does{more}"
     )
 
 

@@ -95,7 +95,8 @@ class Prover:
 
     def __init__(self, block: Block, seed: int = 0) -> None:
         self.block, self.seed = block, seed
-        self._before = _output(block)
+        known = block.first_output
+        self._before = _output(block) if known is None else _floats(known)
         self._steady = False
         self._alone: dict[tuple[Any, ...], float] = {}
         self.tolerance = max(1e-4, 8 * max((torch.finfo(t.dtype).eps for t in self._before), default=0.0))
@@ -125,12 +126,15 @@ class Prover:
         That layers which have no share in the output pass is for a block of a kind in which each mapping, tried alone,
         had a share in its output.
         """
-        difference = self._difference(claims)
-        return Proof(0.0 if math.isnan(difference) else difference, self.tolerance, claims[0].channel_map)
+        moved = self._moved(claims, compensate=True)
+        difference = self._relative(moved, claims) if moved else 0.0
+        return Proof(difference, self.tolerance, claims[0].channel_map)
 
     def _difference(self, claims: Sequence[Claim]) -> float:
         """How far the output moves with the scales moved over, relative to how far with nothing to make up for them."""
-        moved = self._moved(claims, compensate=True)
+        return self._relative(self._moved(claims, compensate=True), claims)
+
+    def _relative(self, moved: float, claims: Sequence[Claim]) -> float:
         alone = self._moved_alone(claims)
         if not moved and not alone:
             return math.nan
@@ -242,8 +246,11 @@ def _divisors(n: int) -> list[int]:
 
 
 def _output(block: Block) -> list[Tensor]:
-    leaves = tree_leaves(block.calls[0].copy().of(block.module))
-    return [t.clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.clone() for t in _floats(block.calls[0].copy().of(block.module))]
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:

@@ -1,6 +1,8 @@
 """Moving a positive scale from the input of some layers to the output of the layer before them."""
 
+import inspect
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +66,19 @@ def norm_offset(module: nn.Module) -> float:
         BitpressError: the output is not of that form.
     """
     weight: Tensor = module.weight.data  # type: ignore[assignment]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.numel(), generator=generator).to(weight)
     fixed = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
-    try:
-        at = [
-            functional_call(module, {"weight": torch.full_like(weight, v), **fixed}, (x,)).double() for v in (0, 1, 3)
-        ]
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise BitpressError(f"{type(module).__name__} cannot absorb a scale: {error}") from error
+    problem: Exception | None = None
+    for args, kwargs in _inputs_to_try(module, weight):
+        try:
+            at = [
+                functional_call(module, {"weight": torch.full_like(weight, v), **fixed}, args, kwargs).double()
+                for v in (0, 1, 3)
+            ]
+            break
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            problem = problem or error
+    else:
+        raise BitpressError(f"{type(module).__name__} cannot absorb a scale: {problem}") from problem
     slope = at[1] - at[0]
     offset = float((at[0] * slope).sum() / (slope * slope).sum())
     if math.isfinite(offset) and math.isclose(offset, round(offset), abs_tol=0.02):
@@ -81,3 +87,14 @@ def norm_offset(module: nn.Module) -> float:
     if not torch.allclose(at[2], expected, rtol=0.05, atol=0.05):
         raise BitpressError(f"{type(module).__name__} cannot absorb a scale: its output is not linear in its weight.")
     return offset
+
+
+def _inputs_to_try(module: nn.Module, weight: Tensor) -> Iterator[tuple[tuple[Tensor], dict[str, Tensor]]]:
+    """Rows of features, then images of channels; a norm with a gate is given one of ones."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for shape in ((4, weight.numel()), (4, weight.numel(), 2, 2)):
+        x = torch.randn(shape, generator=generator).to(weight)
+        for given in ([p.name for p in named if p.default is p.empty], [p.name for p in named]):
+            yield (x,), {name: torch.ones_like(x) for name in given}

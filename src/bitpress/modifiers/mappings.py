@@ -111,8 +111,9 @@ class _Entry:
     why: str
 
 
-# Mappings are discovered, so that a family is entered here only where one that holds is not to be used.
 _REGISTRY: dict[str, _Entry] = {}
+# Mappings are discovered, so that a family is entered here only where one that holds is not to be used.
+_EXCLUDED: dict[str, list[tuple[AWQMapping, str]]] = {}
 
 
 def register_mappings(class_name: str, mappings: Sequence[AWQMapping] | MappingsOfConfig, why: str = "") -> None:
@@ -126,6 +127,27 @@ def register_mappings(class_name: str, mappings: Sequence[AWQMapping] | Mappings
         why: what is wrong with the discovered ones, for ``bitpress mappings`` to tell.
     """
     _REGISTRY[class_name] = _Entry(mappings, why)
+
+
+def exclude_mapping(class_name: str, mapping: AWQMapping, why: str) -> None:
+    """Keep discovery from using a mapping of a family: one that holds, but makes the compressed model worse.
+
+    Args:
+        class_name: of the model; see :func:`register_mappings`.
+        mapping: by patterns.
+        why: for ``bitpress mappings`` to tell.
+    """
+    _EXCLUDED.setdefault(_family(class_name), []).append((mapping, why))
+
+
+def why_excluded(model: nn.Module, found: ResolvedMapping) -> str | None:
+    """Why a mapping that was discovered is not to be used on this model; None if it is."""
+    layers = {found.smooth_name: found.smooth, **found.balance}
+    for mapping, why in _EXCLUDED.get(_family(type(model).__name__), []):
+        smooth = is_match(found.smooth_name, layers[found.smooth_name], mapping.smooth_layer)
+        if smooth and all(is_match(n, m, list(mapping.balance_layers)) for n, m in found.balance.items()):
+            return why
+    return None
 
 
 def registered_mappings(model: nn.Module) -> list[AWQMapping] | None:
@@ -190,3 +212,11 @@ def _nearest_balance(
             return {n: m for n, m in inside.items() if is_match(n, m, list(patterns))}
         if len(ancestor) <= len(block):
             return {}
+
+
+exclude_mapping(
+    "Gemma3ForCausalLM",
+    AWQMapping("re:.*input_layernorm$", ["re:.*(q|k|v)_proj$"]),
+    "queries and keys are normed behind these layers, so that the error at their outputs is not what counts: smoothed, "
+    "the model was reported to be worse than round-to-nearest (llm-compressor issue 2522)",
+)

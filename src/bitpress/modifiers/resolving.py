@@ -11,7 +11,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.discovery import Left, discover, structure
 from bitpress.models.proofs import Claim, Proof, Prover
-from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping
+from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping, why_excluded
 
 Considers = Callable[[str, nn.Module, Block], bool]
 
@@ -54,7 +54,7 @@ def resolve_mappings(
     registered = registered_mappings(model) if stated is None else None
     table = stated if stated is not None else registered
     if table is None:
-        return _discovered(blocks, considers, seed)
+        return _without_excluded(model, _discovered(blocks, considers, seed))
     source = "user" if stated is not None else "registry"
     resolution = Resolution({b.name: _in_block(table, b, considers, source) for b in blocks}, kinds=_kinds(blocks))
     if stated is not None:
@@ -104,6 +104,17 @@ def _discovered(blocks: Sequence[Block], considers: Considers, seed: int) -> Res
         resolution.mappings[block.name] = [
             m for m in mappings if any(considers(n, layer, block) for n, layer in m.balance.items())
         ]
+    return resolution
+
+
+def _without_excluded(model: nn.Module, resolution: Resolution) -> Resolution:
+    for name, found in resolution.mappings.items():
+        reasons = {id(mapping): why_excluded(model, mapping) for mapping in found}
+        for mapping in found:
+            why = reasons[id(mapping)]
+            if why is not None:
+                resolution.left[name] = [*resolution.left[name], Left(tuple(mapping.balance), why)]
+        resolution.mappings[name] = [mapping for mapping in found if reasons[id(mapping)] is None]
     return resolution
 
 

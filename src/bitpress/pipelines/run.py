@@ -4,7 +4,8 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bitpress.checkpoints.changes import Changes
 from bitpress.errors import BitpressError
@@ -60,7 +61,10 @@ def dry_run(state: State, probe: Batch) -> list[str]:
                 block, call = forward.at, forward.waiting_for
                 block.calls.append(call.copy())
                 order.append(block.name)
-                forward.resume(points.run(block, call))
+                output = points.run(block, call)
+                if block.first_output is None:
+                    block.first_output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
+                forward.resume(output)
         except (TypeError, ValueError) as error:
             raise BitpressError(_refusal(state.model, probe, error)) from error
         finally:

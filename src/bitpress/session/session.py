@@ -97,7 +97,7 @@ class Session:
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
         for block in self.state.blocks:
-            block.calls.clear()
+            block.forget()
         self.pipeline = infer_pipeline(
             self._named_pipeline, self.state, self.recipe.modifiers, has_data=data is not None
         )
