@@ -16,7 +16,7 @@ STAMP := $(VENV)/.bitpress-installed
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
 	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,11 +46,14 @@ format: $(STAMP) ## format the code and fix what ruff can fix by itself
 bench: $(STAMP) ## measure AWQ: time, memory, perplexity
 	$(BIN)/python benchmarks/awq.py
 
+models: $(STAMP) ## examine all architectures and write docs/models.md
+	$(BIN)/python docs/models.py
+
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow models: export HF_HUB_OFFLINE = 1
 test test-slow: export TOKENIZERS_PARALLELISM = false
 
 $(STAMP): pyproject.toml

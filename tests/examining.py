@@ -9,12 +9,13 @@ from typing import Any
 
 import architectures
 import torch
+import transformers
 from architectures import ARCHITECTURES
 from torch import Tensor, nn
 
 import bitpress
 from bitpress.models.blocks import find_blocks
-from bitpress.models.experts import ExpertLinear, named_layers
+from bitpress.models.experts import ExpertLinear, named_layers, routers
 from bitpress.models.linears import is_linear, weight_matrix
 from bitpress.models.proofs import restored
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
@@ -62,7 +63,7 @@ def examine(name: str) -> Examined:
     layers = {n: m for n, m in named_layers(model) if is_linear(m)}
     resolution, report = resolved(model, probe)
     examined = Examined(type(model).__name__, report, moved_by_smoothing(model, resolution, probe))
-    unfit = {n: f"its {_width(m)} inputs are no multiple of {GROUP}" for n, m in layers.items() if _width(m) % GROUP}
+    unfit = {n: f"its inputs are no multiple of {GROUP}" for n, m in layers.items() if _width(m) % GROUP}
     weights = QuantizationArgs(num_bits=4, symmetric=True, group_size=GROUP)
     scheme = QuantizationScheme(targets=["Linear", "Conv1D"], weights=weights)
     recipe: list[Any] = [QuantizationModifier(ignore=list(unfit), scheme=scheme)]
@@ -72,9 +73,62 @@ def examine(name: str) -> Examined:
     bitpress.oneshot(model, data, recipe, progress=False)
     quantized = model.bitpress.report["layers"]
     examined.quantized, examined.linears = len(_kinds(model, quantized)), len(_kinds(model, layers))
-    examined.unquantized = {n: unfit.get(n, "") for n in layers if n not in quantized}
+    deciding = set(routers(model))
+    examined.unquantized = {
+        n: unfit.get(n) or ("it decides about experts" if n in deciding else "it shares its weight")
+        for n in _kinds(model, layers) - _kinds(model, quantized)
+    }
     examined.reader, examined.stored_dense = saved_and_loaded(model, probe)
     return examined
+
+
+def row(name: str, examined: Examined) -> str:
+    """The line of docs/models.md."""
+    kinds = [kind for kind in examined.report.kinds if kind.mappings or len(kind.left) > 1]
+    cells = (
+        name,
+        examined.model,
+        str(len(kinds)),
+        str(sum(len(kind.mappings) for kind in kinds)),
+        "<br>".join(dict.fromkeys(f"{m.smooth} → {_short(m.balance)}" for kind in kinds for m in kind.mappings)),
+        _reasons({n: _why(left.why) for kind in examined.report.kinds for left in kind.left for n in left.layers}),
+        f"{examined.quantized} of {examined.linears}",
+        _reasons(examined.unquantized),
+        examined.reader + (" (in part dense)" if examined.stored_dense else ""),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+# The beginnings of the reasons that discovery gives, and how the page says them.
+_WHY = {
+    "nothing before it absorbs": "nothing absorbs their scale",
+    "no layer before it": "nothing before them fits",
+    "no norm, linear": "nothing runs before them",
+    "it is a block of its own": "blocks of their own",
+    "it did not run": "did not run",
+    "its block did not run": "did not run",
+    "it has no share": "no share in the output",
+    "it runs": "run more than once",
+}
+
+
+def _why(reason: str) -> str:
+    return next((short for beginning, short in _WHY.items() if reason.startswith(beginning)), "excluded")
+
+
+def _short(names: Iterable[str]) -> str:
+    """Names without the part that they have in common with the first."""
+    first, *others = names
+    folder = first.rpartition(".")[0]
+    return ", ".join([first, *(n.removeprefix(f"{folder}.") if folder else n for n in others)])
+
+
+def _reasons(whys: dict[str, str]) -> str:
+    by_reason: dict[str, dict[str, None]] = {}
+    for layer, why in sorted(whys.items()):
+        tail = layer.rpartition(".*.")[2].split(".")
+        by_reason.setdefault(why, {})[".".join(tail[-2:] if tail[-1].isdigit() else tail[-1:])] = None
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in sorted(by_reason.items()))
 
 
 def resolved(model: nn.Module, probe: dict[str, Tensor]) -> tuple[Resolution, MappingReport]:
@@ -113,7 +167,10 @@ def saved_and_loaded(model: nn.Module, probe: dict[str, Tensor]) -> tuple[str, b
         model.save_pretrained(folder)
         dense = any("stored dense" in message for message in messages)
         unread = any("bitpress.load" in message for message in messages)
-        back = bitpress.load(folder) if unread else type(model).from_pretrained(folder, dtype="auto")
+        if hasattr(transformers, type(model).__name__):
+            back = bitpress.load(folder) if unread else type(model).from_pretrained(folder, dtype="auto")
+        else:
+            back = bitpress.load(folder, model=type(model)(model.config))
         found = architectures.output(back.eval(), probe)
         assert torch.equal(found, expected), f"reloaded, the output differs by {float((found - expected).abs().max())}"
     return "bitpress.load" if unread else "transformers", dense

@@ -19,6 +19,8 @@ def attach(module: nn.Module, scheme: QuantizationScheme, weight: PackedWeight) 
     device = weight_matrix(module).device
     module.quantization_scheme = scheme
     module.quantization_status = QuantizationStatus.FROZEN
+    # As in a model that transformers loads: torch may choose another product for weights with gradients.
+    module.weight.requires_grad_(False)
     module.register_buffer("weight_scale", weight.scale.to(device), persistent=False)
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
 

@@ -43,7 +43,8 @@ def quantization_config(
         else:
             groups.append((scheme, [name]))
     ignore: list[str] = []
-    stated = list(groups[0][0].targets)
+    # A target that is there for other models would make readers warn.
+    stated = [t for t in groups[0][0].targets if any(is_match(n, m, t) for n, m in layers.items())]
     if len(groups) == 1 and all(is_match(n, m, stated) for n, m in layers.items()):
         dense = [n for n, m in named_layers(model) if n not in layers and _is_read_as_linear(n, m, stated)]
         ignore = [n for n in dense if n not in of_experts] + _owners(dense, whole)
