@@ -13,7 +13,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.experts import ExpertLinear
 from bitpress.models.linears import has_columns, in_features
-from bitpress.models.proofs import Claim, Proof, Prover
+from bitpress.models.proofs import Claim, Proof, Prover, UnsteadyError
 from bitpress.models.smoothing import out_channels
 from bitpress.statistics.collector import identify
 
@@ -82,7 +82,7 @@ def discover(block: Block, seed: int = 0) -> Findings:
         seed: of the random scales.
 
     Raises:
-        BitpressError: the block's output changes from run to run.
+        UnsteadyError: the block's output changes from run to run.
     """
     if block.name in block.layers:
         return Findings(left=[Left((block.name,), "it is a block of its own: nothing runs before it there")])
@@ -123,6 +123,8 @@ class _Search:
         for smooth in self._candidates(group):
             try:
                 proof = self.prover.prove(Claim(self.ran[smooth], balance))
+            except UnsteadyError:
+                raise
             except BitpressError as error:
                 group.trouble = str(error)
                 continue

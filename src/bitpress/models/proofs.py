@@ -23,6 +23,11 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import has_columns, in_features
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
+from bitpress.models.steadiness import first_unsteady
+
+
+class UnsteadyError(BitpressError):
+    """A block whose output changes from run to run: nothing can be proven in it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Prover:
         seed: of the random scales.
 
     Raises:
-        BitpressError: the block's output changes from run to run, so that nothing can be proven.
+        UnsteadyError: the block's output changes from run to run.
     """
 
     def __init__(self, block: Block, seed: int = 0) -> None:
@@ -167,9 +172,11 @@ class Prover:
         self._steady = True
         again = _distance(_output(self.block), self._before)
         if again > self.tolerance * _norm(self._before):
-            raise BitpressError(
+            culprit = first_unsteady(self.block)
+            source = f"{culprit[0]} ({type(culprit[1]).__name__})" if culprit else "it"
+            raise UnsteadyError(
                 f"the output of {self.block.label} changes from run to run, so that no mapping can be proven in it: "
-                f"{_random_source(self.block)}. Turn the randomness off, or use QuantizationModifier alone."
+                f"{source} draws random numbers. Turn that off, or use QuantizationModifier alone."
             )
 
 
@@ -260,12 +267,6 @@ def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
 
 def _norm(output: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in output))
-
-
-def _random_source(block: Block) -> str:
-    """The modules that are likely to be why, for people."""
-    active = [n for n, m in block.named_modules() if m.training and "dropout" in type(m).__name__.lower()]
-    return f"{active[0]} is in training mode" if active else "it draws random numbers"
 
 
 def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool) -> None:

@@ -94,6 +94,7 @@ class AWQModifier(QuantizationModifier):
             raise BitpressError("AWQModifier needs calibration data, but no dataset was given: give oneshot one.")
         resolution = resolve_mappings(state.model, state.blocks, self._considers, self.mappings, state.seed)
         self._resolved = resolution.mappings
+        state.unmapped = {n: left.why for found in resolution.left.values() for left in found for n in left.layers}
         if not any(self._resolved.values()):
             raise BitpressError(
                 f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], "

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
-from bitpress.models.experts import find_layer, named_layers, routers
-from bitpress.models.linears import in_features, is_linear, weight_matrix
+from bitpress.models.experts import find_layer, fused_experts, named_layers, routers
+from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
+from bitpress.models.smoothing import is_convolution
 from bitpress.modifiers.base import Modifier, nearest
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The report's errors are estimates from every so many rows of a weight: exact ones would cost a quarter of the search.
 SAMPLED_ROWS = 4
+# Parameters that are left alone are spoken of from this share of the model on.
+NOTABLE = 0.01
 
 
 class QuantizationModifier(Modifier):
@@ -96,6 +99,7 @@ class QuantizationModifier(Modifier):
                     continue
                 if not is_match(name, module, self.ignore):
                     schemes[name] = group
+        _say_what_is_no_layer(model)
         _drop_routers(model, schemes)
         _drop_shared_weights(model, schemes)
         if not schemes:
@@ -240,12 +244,37 @@ def _drop_shared_weights(model: nn.Module, schemes: dict[str, QuantizationScheme
     users: dict[int, list[str]] = {}
     for name, module in named_layers(model):
         for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
+            users.setdefault(_place(parameter), []).append(name)
     for name in list(schemes):
-        others = [n for n in users[id(find_layer(model, name).weight)] if n != name]
+        others = [n for n in users[_place(find_layer(model, name).weight)] if n != name]
         if others:
             logger.warning("%s shares its weight with %s and is left alone.", name, ", ".join(others))
             del schemes[name]
+
+
+def _place(parameter: Any) -> Any:
+    """Equal for parameters that are one, and for those that only share their memory."""
+    return (parameter.data_ptr(), parameter.shape) if parameter.data_ptr() else id(parameter)
+
+
+def _say_what_is_no_layer(model: nn.Module) -> None:
+    """Weights that no layer holds are left alone: an in-projection of ``nn.MultiheadAttention``, for instance."""
+    total = sum(p.numel() for p in model.parameters())
+    found: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for module in model.modules():
+        experts = fused_experts(module)
+        known = has_columns(module) or is_convolution(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        for local, parameter in () if known else module._parameters.items():
+            fused = experts is not None and local in experts.parameters
+            if parameter is not None and parameter.dim() > 1 and not fused:
+                found.setdefault((type(module).__name__, local), []).append(parameter)
+    for (kind, local), parameters in found.items():
+        share = sum(p.numel() for p in parameters) / total
+        if share >= NOTABLE:
+            logger.warning(
+                "%s of %d %s (%.0f%% of all parameters) is left alone: a parameter, not a linear layer.",
+                local, len(parameters), kind, 100 * share,
+            )  # fmt: skip
 
 
 def _figures(

@@ -45,6 +45,7 @@ class State:
         quantized: the current block's layers that have been quantized.
         layer_records: a dictionary of figures per quantized layer, for the report.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
+        unmapped: why a layer has no mapping that scales its input, by name, for the report.
         watch: the seconds spent in each phase.
         seed: of everything random.
         min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
@@ -60,6 +61,7 @@ class State:
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)
+    unmapped: dict[str, str] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
     seed: int = 42
     min_expert_tokens: int = 0

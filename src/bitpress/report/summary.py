@@ -30,6 +30,7 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "weight_bytes_after": sum(session.stored_bytes.values()),
         "layers": layers,
         "mappings": state.mapping_records,
+        "layers_without_mapping": state.unmapped,
         "experts_with_few_tokens": state.few_tokens,
         "versions": {name: version(name) for name in ("bitpress", "torch", "compressed-tensors")},
     }
