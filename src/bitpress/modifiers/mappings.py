@@ -200,14 +200,21 @@ def resolve_mapping(mapping: AWQMapping, block: Block, source: str) -> list[Reso
     return resolved
 
 
+def _of_same_expert(smooth: nn.Module | None, layer: nn.Module) -> bool:
+    if isinstance(smooth, ExpertLinear) and isinstance(layer, ExpertLinear):
+        return smooth.expert == layer.expert
+    return True
+
+
 def _nearest_balance(
     smooth: str, patterns: Sequence[str], linears: dict[str, nn.Module], block: str
 ) -> dict[str, nn.Module]:
     """The matches of all patterns below the nearest ancestor of the smooth layer that has one of each."""
     ancestor = smooth
+    beside = {n: m for n, m in linears.items() if n != smooth and _of_same_expert(linears.get(smooth), m)}
     while True:
         ancestor = ancestor.rpartition(".")[0]
-        inside = {n: m for n, m in linears.items() if n != smooth and (not ancestor or n.startswith(f"{ancestor}."))}
+        inside = {n: m for n, m in beside.items() if not ancestor or n.startswith(f"{ancestor}.")}
         if all(any(is_match(n, m, p) for n, m in inside.items()) for p in patterns):
             return {n: m for n, m in inside.items() if is_match(n, m, list(patterns))}
         if len(ancestor) <= len(block):

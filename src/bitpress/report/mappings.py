@@ -157,12 +157,23 @@ def _local(name: str, block: Block, modules: dict[str, nn.Module]) -> str:
 def _code(report: MappingReport, kind: KindOfBlock, line: MappingLine) -> str:
     """One mapping as code; it names blocks where another kind has these layers without the mapping."""
     elsewhere = [k for k in report.kinds if k is not kind and not _has(k, line)]
-    ambiguous = any(line.smooth in _names(k) and _names(k).intersection(line.balance) for k in elsewhere)
-    prefix = ".*"
-    if ambiguous:
+    if any(_names(k).intersection(line.balance) for k in elsewhere):
         prefix = f"({'|'.join(re.escape(name) for name in kind.blocks)})" + r"\."
+    else:
+        prefix = "|".join(dict.fromkeys(_place(name) for name in kind.blocks))
+        prefix = f"({prefix})" if "|" in prefix else prefix
     smooth, *balance = (_pattern(prefix, name) for name in (line.smooth, *line.balance))
     return f"AWQMapping({smooth}, [{', '.join(balance)}])"
+
+
+def _place(block: str) -> str:
+    """A pattern of where blocks like this one are: ".*layers.<number>." of "model.layers.3"."""
+    if not block:
+        return ""
+    parts = block.split(".")
+    last = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    tail = [r"\d+" if part.isdigit() else re.escape(part) for part in parts[last:]]
+    return (".*" if last else "") + r"\.".join(tail) + r"\."
 
 
 def _has(kind: KindOfBlock, line: MappingLine) -> bool:
