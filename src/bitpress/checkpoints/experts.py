@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import scheme_of
-from bitpress.models.experts import ExpertLinear, FusedExperts, Projection, fused_experts
+from bitpress.models.experts import ExpertLinear, FusedExperts, fused_experts
+from bitpress.models.stacks import Projection
 
 logger = logging.getLogger(__name__)
 

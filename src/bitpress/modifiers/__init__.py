@@ -2,8 +2,16 @@
 
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
-from bitpress.modifiers.mappings import AWQMapping, register_mappings
+from bitpress.modifiers.mappings import AWQMapping, exclude_mapping, register_mappings
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.state import State
 
-__all__ = ["AWQMapping", "AWQModifier", "Modifier", "QuantizationModifier", "State", "register_mappings"]
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "Modifier",
+    "QuantizationModifier",
+    "State",
+    "exclude_mapping",
+    "register_mappings",
+]
