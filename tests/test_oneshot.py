@@ -91,7 +91,7 @@ def test_the_report(checkpoint, tmp_path):
     assert report["weight_bytes_before"] == sum(layer.weight.nbytes for layer in layers(model).values())
     assert len(report["mappings"]) == 8
     for mapping in report["mappings"]:
-        assert mapping["source"] == "registry"
+        assert mapping["source"] == "discovery"
         assert mapping["error"] <= mapping["error_before"]
         assert mapping["proof"] < 1e-3
     assert set(report["seconds"]) >= {"dry run", "proofs", "calibrate", "solve"}

@@ -36,7 +36,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bitpress.models.blocks import Block, find_blocks
+from bitpress.models.blocks import Block, Call, find_blocks
 from bitpress.models.experts import named_layers
 from bitpress.models.linears import is_linear
 from bitpress.modifiers import State
@@ -221,6 +221,13 @@ def probed_blocks(model: nn.Module, batch: dict[str, Tensor] | None = None) -> l
     state = State(model, {}, {}, blocks)
     dry_run(state, Batch((), without_cache(model, tokens(2) if batch is None else batch)))
     return blocks
+
+
+@torch.no_grad()
+def called(module: nn.Module, x: Tensor, name: str = "", layers: dict[str, nn.Module] | None = None) -> Block:
+    """A module as a block of which a dry run has seen the call with ``x``."""
+    call = Call((x,), {})
+    return Block(name, module, layers or {}, [call], first_output=call.copy().of(module))
 
 
 def compress(model: nn.Module, recipe: Any, data: CalibrationData | None = None, **options: Any) -> Session:

@@ -15,7 +15,7 @@ def bitpress() -> None:
 
 @app.command()
 def oneshot(  # noqa: PLR0913, PLR0917
-    model: Annotated[str, typer.Argument(help="Path or hub id of a transformers causal language model.")],
+    model: Annotated[str, typer.Argument(help="Path or hub id of a transformers model.")],
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
     dataset: Annotated[
@@ -29,6 +29,9 @@ def oneshot(  # noqa: PLR0913, PLR0917
     concatenate_data: Annotated[bool, typer.Option(help="Join texts and cut them to full sequences.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 42,
     pipeline: Annotated[str | None, typer.Option(help="sequential, basic or datafree.")] = None,
+    moe_calibrate_all_experts: Annotated[
+        bool, typer.Option(help="Show every expert all tokens, or those that it is sent.")
+    ] = True,
     save_compressed: Annotated[bool, typer.Option(help="Packed weights, or dense ones.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a model in the output directory.")] = False,
     trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,

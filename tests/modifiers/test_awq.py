@@ -5,12 +5,13 @@ import logging
 import pytest
 import tiny
 import torch
+from known_mappings import KNOWN, used
 from torch import nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.linears import weight_matrix
-from bitpress.modifiers import AWQMapping, AWQModifier, QuantizationModifier
-from bitpress.modifiers.mappings import registered_mappings
+from bitpress.modifiers import AWQMapping, AWQModifier, QuantizationModifier, register_mappings
+from bitpress.modifiers import mappings as registry
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
 
 UP_DOWN = AWQMapping("re:.*up_proj$", ["re:.*down_proj$"])
@@ -47,6 +48,12 @@ def with_outliers(model):
 
 
 @pytest.fixture
+def _registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(registry, "_REGISTRY", {})
+
+
+@pytest.fixture
 def _only_smoothing(monkeypatch):
     monkeypatch.setattr(QuantizationModifier, "on_block", lambda *_: None)
 
@@ -59,7 +66,7 @@ def test_smoothing_leaves_the_function_as_it_was(family):
     session = tiny.compress(model, [awq(), quantizer(ignore=["re:.*project_.*"])], tiny.token_data(2))
     records = session.state.mapping_records
     depth = model.config.num_hidden_layers
-    assert len(records) == depth * len(registered_mappings(model))
+    assert len(records) == depth * len(used(family))
     assert sum(r["ratio"] is not None for r in records) > len(records) / 2, "hardly anything was smoothed"
     assert any(not tiny.same_bits(before[n], v) for n, v in model.state_dict().items())
     torch.testing.assert_close(tiny.logits(model), expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
@@ -213,8 +220,8 @@ def test_a_mapping_of_the_user_that_fits_in_part():
 )
 def test_a_mapping_of_the_user_that_fails_its_proof(family, mapping, dtype):
     model = tiny.FAMILIES[family]().to(dtype)
-    good = registered_mappings(model)[0]
-    message = refused(model, "is not valid in", awq(mappings=[good, mapping]))
+    good = [m for m in KNOWN[family] if m.smooth_layer != mapping.smooth_layer]
+    message = refused(model, "is not valid in", awq(mappings=[*good, mapping]))
     assert str(mapping) in message
     assert "(user)" in message
     assert "layers.0" in message or ".h.0" in message or "layer.0" in message
@@ -222,15 +229,88 @@ def test_a_mapping_of_the_user_that_fails_its_proof(family, mapping, dtype):
     assert 0.1 < number < 100
 
 
-def test_a_wrong_mapping_of_a_later_block_is_found():
-    # In the second block something else reads the norm's output, too.
+def with_a_reader_of_its_norm():
+    """A model in whose second block something else reads the output of a norm, too."""
     model = tiny.llama()
     layer = model.model.layers[1].mlp
     plain = layer.forward
     layer.forward = lambda x: plain(x) + x
-    message = refused(model, "is not valid in model.layers.1", awq())
+    return model
+
+
+@pytest.mark.usefixtures("_registry")
+@pytest.mark.parametrize("source", ["user", "registry"])
+def test_a_wrong_mapping_of_a_later_block_is_found(source):
+    register_mappings("LlamaForCausalLM", KNOWN["llama"])
+    stated = {"mappings": KNOWN["llama"]} if source == "user" else {}
+    message = refused(with_a_reader_of_its_norm(), r"is not valid in model\.layers\.1", awq(**stated))
     assert "post_attention_layernorm" in message
-    assert "(registry)" in message
+    assert f"({source})" in message
+
+
+@pytest.mark.usefixtures("_only_smoothing")
+def test_discovery_leaves_out_what_does_not_hold_in_a_later_block():
+    model = with_a_reader_of_its_norm()
+    expected = tiny.logits(model)
+    session = tiny.compress(model, [awq()], tiny.token_data(2))
+    smooths = [r["smooth_layer"].removeprefix("model.layers.") for r in session.state.mapping_records]
+    assert smooths == [
+        "0.input_layernorm", "0.self_attn.v_proj", "0.post_attention_layernorm", "0.mlp.up_proj",
+        "1.input_layernorm", "1.self_attn.v_proj", "1.mlp.up_proj",
+    ]  # fmt: skip
+    torch.testing.assert_close(tiny.logits(model), expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("_registry")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "falcon_new", "opt_post_norm", "bert"])
+def test_the_weights_are_the_same_whoever_states_the_mappings(family):
+    weights = {}
+    for source in ("discovery", "user", "registry"):
+        model = tiny.FAMILIES[family]()
+        stated = KNOWN[family] if source == "user" else None
+        if source == "registry":
+            register_mappings(type(model).__name__, KNOWN[family])
+        session = tiny.compress(
+            model, [awq(mappings=stated), quantizer(ignore=["re:.*project_.*"])], tiny.token_data(2)
+        )
+        assert {r["source"] for r in session.state.mapping_records} == {source}
+        weights[source] = tiny.snapshot(model)
+    for source in ("user", "registry"):
+        assert all(torch.equal(weights[source][n], v) for n, v in weights["discovery"].items()), source
+
+
+class SquaredReLU(nn.Module):
+    """As the MLPs of Primer and Nemotron."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up_proj, self.down_proj = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down_proj(self.up_proj(self.norm(x)).relu().square())
+
+
+@pytest.mark.usefixtures("_only_smoothing")
+@pytest.mark.parametrize("stated", [None, [UP_DOWN]])
+def test_half_of_a_scale_is_moved_over_a_squared_relu(stated):
+    model = tiny.seeded(lambda: nn.Sequential(SquaredReLU(), SquaredReLU(), nn.Linear(32, 4)))
+    batches = [torch.randn(16, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    with torch.no_grad():
+        for block in list(model)[:2]:
+            block.up_proj.weight[::7] *= 20  # channels that stand out, for AWQ to scale
+        before, expected = tiny.snapshot(model), model(batches[0])
+        session = tiny.compress(model, [AWQModifier(bits=4, group_size=32, mappings=stated)], tiny.data_of(batches))
+        torch.testing.assert_close(model(batches[0]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert [r["smooth_layer"] for r in session.state.mapping_records if "up_proj" in r["smooth_layer"]] == [
+        "0.up_proj",
+        "1.up_proj",
+    ]
+    after = model.state_dict()
+    for i in range(2):
+        at_inputs = (after[f"{i}.down_proj.weight"] / before[f"{i}.down_proj.weight"]).mean(0)
+        at_outputs = before[f"{i}.up_proj.bias"] / after[f"{i}.up_proj.bias"]
+        torch.testing.assert_close(at_outputs.square(), at_inputs, rtol=1e-3, atol=1e-6)
+        assert float(at_inputs.max() / at_inputs.min()) > 1.1, "nothing was smoothed"
 
 
 def test_a_model_of_no_family_with_mappings_of_the_user():
@@ -268,7 +348,7 @@ def test_records_say_what_was_done():
         for n in ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj")
     ]
     assert records[1]["balance_layers"] == ["model.layers.0.self_attn.o_proj"]
-    assert all(r["source"] == "registry" and r["proof"] <= 1e-4 for r in records)
+    assert all(r["source"] == "discovery" and r["proof"] <= 1e-4 for r in records)
     assert all(r["ratio"] is None or 0 <= r["ratio"] < 1 for r in records)
     for figures in session.state.layer_records.values():
         assert 0 < figures["relative_error"] < 1

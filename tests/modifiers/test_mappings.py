@@ -1,27 +1,41 @@
-"""Mappings: which layers of a block they mean, and which family they are registered for."""
+"""Mappings: which layers of a block they mean, and which family they are registered or excluded for."""
 
 import pytest
 import tiny
 import torch
+from known_mappings import EXCLUDED, KNOWN
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    Gemma3TextModel,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
     GPT2Model,
+    LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaModel,
+    OPTModel,
 )
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.modifiers import AWQMapping, register_mappings
 from bitpress.modifiers import mappings as registry
-from bitpress.modifiers.mappings import registered_mappings, resolve_mapping
+from bitpress.modifiers.mappings import (
+    exclude_mapping,
+    reason_for_registration,
+    registered_mappings,
+    resolve_mapping,
+    why_excluded,
+)
 
 
 @pytest.fixture
 def _registry(monkeypatch):
+    """What a test registers or excludes is forgotten after it."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry, "_EXCLUDED", {name: list(each) for name, each in registry._EXCLUDED.items()})
 
 
 class Expert(nn.Module):
@@ -148,26 +162,34 @@ def test_kind_is_that_of_the_structure():
     assert kinds[0][3] != kinds[2][3]
 
 
+@pytest.mark.usefixtures("_registry")
+@pytest.mark.parametrize("first", ["the class", "another of its family"])
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        ("llama", LlamaModel), ("llama", LlamaForSequenceClassification), ("gpt2", GPT2Model),
-        ("bert", BertModel), ("bert", BertForSequenceClassification),
+        ("llama", LlamaModel), ("llama", LlamaForSequenceClassification), ("llama", LlamaForQuestionAnswering),
+        ("gpt2", GPT2Model), ("gpt2", GPT2DoubleHeadsModel), ("gpt2", GPT2ForSequenceClassification),
+        ("bert", BertModel), ("bert", BertForSequenceClassification), ("opt", OPTModel),
     ],
 )  # fmt: skip
-def test_a_family_is_registered_for_all_its_classes(family, kind):
+def test_a_family_is_registered_for_all_its_classes(family, kind, first):
     full = tiny.FAMILIES[family]()
     model = tiny.seeded(lambda: kind(full.config))
-    assert registered_mappings(model) == registered_mappings(full)
+    register_mappings(kind.__name__ if first == "the class" else type(full).__name__, KNOWN[family], "for the test")
+    assert registered_mappings(model) == registered_mappings(full) == KNOWN[family]
+    assert reason_for_registration(model) == reason_for_registration(full) == "for the test"
     blocks = [b for b in tiny.probed_blocks(model) if len(b.layers) > 1]
-    assert all(resolve_mapping(m, b, "registry") for m in registered_mappings(model) for b in blocks)
+    assert len(blocks) == full.config.num_hidden_layers
+    assert all(len(resolve_mapping(m, b, "registry")) == 1 for m in registered_mappings(model) for b in blocks)
 
 
-@pytest.mark.parametrize("model", [tiny.MLP(8, 8), nn.Linear(8, 8), Layer()])
-def test_unknown_models_have_no_mappings(model):
+@pytest.mark.parametrize("model", [tiny.MLP(8, 8), nn.Linear(8, 8), Layer(), *(f() for f in tiny.FAMILIES.values())])
+def test_no_model_is_registered_unless_somebody_does_so(model):
     assert registered_mappings(model) is None
+    assert reason_for_registration(model) == ""
 
 
+@pytest.mark.usefixtures("_registry")
 def test_names_that_only_begin_like_a_family():
     class LlamaGuard(nn.Module):
         pass
@@ -178,7 +200,10 @@ def test_names_that_only_begin_like_a_family():
     class Gemma(nn.Module):
         pass
 
+    for family in ("llama", "gpt2", "gemma2"):
+        register_mappings(type(tiny.FAMILIES[family]()).__name__, KNOWN[family], "for the test")
     assert all(registered_mappings(kind()) is None for kind in (LlamaGuard, GPT2J, Gemma))
+    assert all(reason_for_registration(kind()) == "" for kind in (LlamaGuard, GPT2J, Gemma))
 
 
 @pytest.mark.usefixtures("_registry")
@@ -193,9 +218,13 @@ def test_register_a_list():
     register_mappings("TestbedForCausalLM", [UP_DOWN])
     assert registered_mappings(TestbedForCausalLM()) == [UP_DOWN]
     assert registered_mappings(TestbedModel()) == [UP_DOWN]
-    # The class itself goes before its family.
-    register_mappings("TestbedModel", [])
+    assert reason_for_registration(TestbedModel()) == ""
+    # The class itself goes before its family, even with nothing.
+    register_mappings("TestbedModel", [], "nothing helps")
     assert registered_mappings(TestbedForCausalLM()) == [UP_DOWN]
+    assert registered_mappings(TestbedModel()) == []
+    assert reason_for_registration(TestbedForCausalLM()) == ""
+    assert reason_for_registration(TestbedModel()) == "nothing helps"
 
 
 @pytest.mark.usefixtures("_registry")
@@ -211,26 +240,63 @@ def test_register_a_function_of_the_config():
 
 
 @pytest.mark.usefixtures("_registry")
-def test_registered_mappings_replace_those_of_the_library():
+def test_what_is_registered_last_counts():
+    register_mappings("LlamaForCausalLM", KNOWN["llama"], "the first")
+    register_mappings("LlamaForCausalLM", [UP_DOWN], "the second")
+    assert registered_mappings(tiny.llama()) == [UP_DOWN]
+    assert reason_for_registration(tiny.llama()) == "the second"
     register_mappings("LlamaForCausalLM", [UP_DOWN])
+    assert reason_for_registration(tiny.llama()) == ""
+
+
+@pytest.mark.usefixtures("_registry")
+def test_the_caller_may_change_what_it_gets():
+    register_mappings("LlamaForCausalLM", [UP_DOWN])
+    registered_mappings(tiny.llama()).clear()
     assert registered_mappings(tiny.llama()) == [UP_DOWN]
 
 
+def all_in(model):
+    blocks = [b for b in tiny.probed_blocks(model) if len(b.layers) > 1]
+    return [(m, r) for b in blocks for m in KNOWN["gemma3"] for r in resolve_mapping(m, b, "discovery")]
+
+
+@pytest.mark.parametrize("kind", [None, Gemma3TextModel])
+def test_what_the_library_excludes(kind):
+    full = tiny.gemma3()
+    model = full if kind is None else tiny.seeded(lambda: kind(full.config))
+    found = all_in(model)
+    assert len(found) == 4 * full.config.num_hidden_layers
+    for mapping, resolved in found:
+        why = why_excluded(model, resolved)
+        assert (why is not None) is (mapping in EXCLUDED["gemma3"])
+        assert why is None or "normed" in why
+    # Qwen3, too, norms queries and keys; nobody has reported any harm.
+    assert all(why_excluded(tiny.qwen3(), resolved) is None for _, resolved in found)
+
+
+@pytest.mark.usefixtures("_registry")
+def test_exclude_a_mapping():
+    class TestbedForCausalLM(nn.Module):
+        pass
+
+    class TestbedModel(nn.Module):
+        pass
+
+    found = resolve_mapping(UP_DOWN, block_of(Layer(1), "l"), "discovery")
+    norm = resolve_mapping(AWQMapping("re:.*norm$", ["re:.*up_proj$"]), block_of(Layer(1), "l"), "discovery")[0]
+    exclude_mapping("TestbedForCausalLM", AWQMapping("re:.*experts.*up_proj$", ["re:.*down_proj$"]), "experts")
+    exclude_mapping("TestbedForCausalLM", AWQMapping("re:.*norm$", ["re:.*shared.up_proj$"]), "never")
+    for model in (TestbedForCausalLM(), TestbedModel()):
+        assert [why_excluded(model, each) for each in found] == ["experts", None]
+        # All balance layers have to match.
+        assert why_excluded(model, norm) is None
+    assert why_excluded(tiny.llama(), found[0]) is None
+
+
 def test_the_registry_was_cleaned_up():
-    assert registered_mappings(tiny.llama()) != [UP_DOWN]
-    assert not any(name.startswith("Testbed") for name in registry._REGISTRY)
-
-
-def test_what_is_registered_depends_on_the_config():
-    smooths = {
-        name: [m.smooth_layer for m in registered_mappings(tiny.FAMILIES[name]())]
-        for name in ("opt", "opt_post_norm", "falcon", "falcon_new", "falcon_new_one_norm", "falcon_rw")
-    }
-    assert any("layer_norm" in s for s in smooths["opt"])
-    assert not any("layer_norm" in s for s in smooths["opt_post_norm"])
-    assert [s for s in smooths["falcon_new"] if "ln_" in s] == ["re:.*ln_attn$", "re:.*ln_mlp$"]
-    assert smooths["falcon"] == smooths["falcon_new_one_norm"]
-    assert any("post_attention_layernorm" in s for s in smooths["falcon_rw"])
+    assert registry._REGISTRY == {}
+    assert not any(name.startswith("Testbed") for name in registry._EXCLUDED)
 
 
 def test_a_mapping_is_shown_as_it_is_written():
