@@ -85,8 +85,8 @@ def find_blocks(
 
     The user's ``sequential_targets`` (names, class names or ``re:`` patterns) have the last word; then the model's
     ``_no_split_modules``; then the children of every outermost ``ModuleList`` (or ``Sequential`` of one class) that
-    hold targeted layers. A targeted layer outside of all of these is a block of its own; a model without any is one
-    block.
+    hold targeted layers. What is hinted at but is only a part of such a child gives way to it. A targeted layer outside
+    of all of these is a block of its own; a model without any is one block.
 
     Raises:
         BitpressError: ``sequential_targets`` match no module that holds a targeted layer.
@@ -119,21 +119,49 @@ def _block_names(
             raise BitpressError(f"sequential_targets {patterns} match no module that holds a targeted layer.")
         return _outermost(chosen)
     hints = set(getattr(model, "_no_split_modules", None) or ())
-    hinted = [n for n, m in model.named_modules() if n in holders and type(m).__name__ in hints and n not in layers]
-    blocks = set(_outermost(hinted)) if len(hinted) > 1 else set()
-    # The rest of the model, say an encoder whose decoder alone is hinted at
     children = [f"{n}.{c}" if n else c for n, m in model.named_modules() for c in _repeated(m)]
+    listed = {n for n in children if n in holders and n not in layers}
+    hinted = [n for n, m in model.named_modules() if n in holders and type(m).__name__ in hints and n not in layers]
+    whole = [next((a for a in _ancestors(n) if a in listed), n) for n in hinted]
+    blocks = set(_outermost(whole)) if len(set(whole)) > 1 else set()
+    # The rest of the model, say an encoder whose decoder alone is hinted at
     around = {ancestor for name in blocks for ancestor in _ancestors(name)}
-    blocks.update(n for n in children if n in holders and n not in layers and n not in around)
+    blocks.update(listed - around)
     return _outermost([n for n, _ in model.named_modules() if n in blocks])
 
 
+def split(block: Block) -> list[Block]:
+    """The parts of a block: of a module that is never called itself, though its parts are."""
+    if block.name in block.layers:
+        return [block]
+    parts: dict[str, Block] = {}
+    for child, module in block.module.named_children():
+        name = f"{block.name}.{child}" if block.name else child
+        layers = {n: m for n, m in block.layers.items() if n == name or n.startswith(f"{name}.")}
+        if layers:
+            parts[name] = Block(name, module, layers)
+    # Experts that the module itself holds cannot be had apart from it.
+    return list(parts.values()) if sum(len(part.layers) for part in parts.values()) == len(block.layers) else [block]
+
+
 def _repeated(module: nn.Module) -> list[str]:
-    """Names of the children that are one another's kind: all of a ModuleList, a Sequential's if of one class."""
-    children = [name for name, child in module.named_children() if not is_linear(child)]
+    """Names of the children that are one another's kind: all of a ModuleList, a Sequential's if of one class.
+
+    A list within a list is not called; its children are. A list of one counts where there is no longer one in it.
+    """
     one_class = len({type(child) for child in module.children()}) == 1
-    listed = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and one_class)
-    return children if listed and len(children) > 1 else []
+    if not isinstance(module, nn.ModuleList) and not (isinstance(module, nn.Sequential) and one_class):
+        return []
+    children: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            children |= {f"{name}.{inner}": module.get_submodule(f"{name}.{inner}") for inner in _repeated(child)}
+        elif not is_linear(child):
+            children[name] = child
+    if len(children) != 1:
+        return list(children)
+    only = next(iter(children.values()))
+    return list(children) if isinstance(module, nn.ModuleList) and not any(map(_repeated, only.modules())) else []
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -3,12 +3,14 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bitpress.checkpoints.changes import Changes
 from bitpress.errors import BitpressError
+from bitpress.models.blocks import split
 from bitpress.modifiers import Modifier, State
 from bitpress.modifiers.base import nearest
 from bitpress.pipelines.basic import run_basic
@@ -45,17 +47,41 @@ def infer_pipeline(named: str | None, state: State, modifiers: Sequence[Modifier
 def dry_run(state: State, probe: Batch) -> list[str]:
     """Run one small batch, and record every call of every block in ``block.calls``.
 
+    A block that is not called, though its layers are, is replaced by its parts in ``state.blocks``.
+
     Returns:
         The names of the blocks in the order of their calls; a block that is called twice is there twice.
 
     Raises:
         BitpressError: the model's forward does not take the batch; the arguments that it lacks are named.
     """
+    while True:
+        order, ran = _try(state, probe)
+        cut = [split(b) if not b.calls and ran & b.layers.keys() else [b] for b in state.blocks]
+        if sum(map(len, cut)) == len(state.blocks):
+            break
+        state.blocks = [part for parts in cut for part in parts]
+        for block in state.blocks:
+            block.forget()
+    for block in state.blocks:
+        if not block.calls:
+            logger.warning(
+                "%s did not run in the dry run: its layers are quantized without data, unless a later batch runs it.",
+                block.label,
+            )
+    return order
+
+
+def _try(state: State, probe: Batch) -> tuple[list[str], set[str]]:
+    """One run: the order of the blocks' calls, and the layers that were called."""
     points = PausePoints(state.blocks)
     order: list[str] = []
-    with points.installed():
-        forward = PausedForward(state.model, probe.args, probe.kwargs)
-        try:
+    ran: set[str] = set()
+    layers = [(name, layer) for block in state.blocks for name, layer in block.layers.items()]
+    handles = [layer.register_forward_pre_hook(_noting(name, ran)) for name, layer in layers]
+    forward = PausedForward(state.model, probe.args, probe.kwargs)
+    try:
+        with points.installed():
             forward.resume()
             while forward.at is not None:
                 block, call = forward.at, forward.waiting_for
@@ -65,17 +91,17 @@ def dry_run(state: State, probe: Batch) -> list[str]:
                 if block.first_output is None:
                     block.first_output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
                 forward.resume(output)
-        except (TypeError, ValueError) as error:
-            raise BitpressError(_refusal(state.model, probe, error)) from error
-        finally:
-            forward.stop()
-    for block in state.blocks:
-        if not block.calls:
-            logger.warning(
-                "%s did not run in the dry run: its layers are quantized without data, unless a later batch runs it.",
-                block.label,
-            )
-    return order
+    except (TypeError, ValueError) as error:
+        raise BitpressError(_refusal(state.model, probe, error)) from error
+    finally:
+        forward.stop()
+        for handle in handles:
+            handle.remove()
+    return order, ran
+
+
+def _noting(name: str, ran: set[str]) -> Callable[[nn.Module, Any], None]:
+    return lambda _, __: ran.add(name)
 
 
 def _refusal(model: nn.Module, probe: Batch, error: Exception) -> str:
