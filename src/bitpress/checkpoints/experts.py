@@ -3,7 +3,8 @@
 import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class StoredExperts:
     def parameters(self) -> list[str]:
         """Names in the model of the parameters that hold the weights of all."""
         fused = dict.fromkeys(p.parameter for p in self.experts.projections)
-        return [f"{self.owner}.{name}" for name in fused]
+        return [_within(self.owner, name) for name in fused]
 
     @property
     def packable(self) -> bool:
@@ -65,16 +66,39 @@ def stored_experts(model: nn.Module) -> list[StoredExperts]:
         experts = fused_experts(module)
         if experts is None:
             continue
-        names: dict[str, str] = {}
-        for projection in experts.projections:
-            names |= _converted(model, owner, experts, projection)
+        names = _split_names(model, owner, experts)
+        if len(names) < len(experts.layers):
+            # transformers remembers only the conversions that the model's checkpoint needed.
+            with _conversions_of_the_family(model):
+                names = _split_names(model, owner, experts)
         if len(names) == len(experts.layers):
             found.append(StoredExperts(owner, experts, names, by_transformers=True))
         else:
-            own = checkpoint_names(model, [f"{owner}.{local}" for local in experts.layers])
+            own = checkpoint_names(model, [_within(owner, local) for local in experts.layers])
             unfused = _is_unfused_by_transformers(module)
             found.append(StoredExperts(owner, experts, own, by_transformers=unfused, as_layers=unfused))
     return found
+
+
+def _split_names(model: nn.Module, owner: str, experts: FusedExperts) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for projection in experts.projections:
+        names |= _converted(model, owner, experts, projection)
+    return names
+
+
+@contextmanager
+def _conversions_of_the_family(model: nn.Module) -> Iterator[None]:
+    own = model.__dict__.pop("_weight_conversions", None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.__dict__["_weight_conversions"] = own
+
+
+def _within(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
 
 
 def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: Projection) -> dict[str, str]:
@@ -84,7 +108,7 @@ def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: 
     """
     count = len(experts.module.get_parameter(projection.parameter))
     indices = torch.arange(count * _ROWS * _COLUMNS).view(count, _ROWS, _COLUMNS)
-    pieces = _revert(model, {f"{owner}.{projection.parameter}": indices})
+    pieces = _revert(model, {_within(owner, projection.parameter): indices})
     rows = projection.rows
     if rows != slice(None) and rows.step is None:
         rows = slice(_ROWS // 2, None) if rows.start else slice(_ROWS // 2)  # a half of the stand-in
@@ -94,7 +118,7 @@ def _converted(model: nn.Module, owner: str, experts: FusedExperts, projection: 
             matrix = indices[layer.expert].T if projection.transposed else indices[layer.expert]
             name = next((n for n, t in pieces.items() if torch.equal(t, matrix[rows])), None)
             if name is not None:
-                names[f"{owner}.{local}"] = name.removesuffix(".weight")
+                names[_within(owner, local)] = name.removesuffix(".weight")
     return names
 
 
@@ -117,12 +141,9 @@ def tensor_names(model: nn.Module, dimensions: Mapping[str, int]) -> dict[str, s
     """
     stand_ins = {name: torch.zeros([_ROWS] * count) for name, count in dimensions.items()}
     stored = _revert(model, dict(stand_ins))
-    by_address = {t.data_ptr(): name for name, t in stored.items()}
-    whole = {t.data_ptr() for t in stored.values() if t.shape == (_ROWS,) * t.dim()}
-    return {
-        name: by_address[t.data_ptr()] if t.data_ptr() in whole and t.data_ptr() in by_address else name
-        for name, t in stand_ins.items()
-    }
+    # The first slice of a tensor that is split has its address, but not its shape.
+    whole = {(t.data_ptr(), t.shape): name for name, t in stored.items()}
+    return {name: whole.get((t.data_ptr(), t.shape), name) for name, t in stand_ins.items()}
 
 
 def _revert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

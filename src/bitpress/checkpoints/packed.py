@@ -63,8 +63,8 @@ def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme
 
 def write_expert(dense: dict[str, Tensor], name: str, layer: ExpertLinear, weight: Tensor) -> None:
     """Put an expert's weight, (out, in), in its place in ``dense``: in the parameter of all experts."""
-    owner = name.removesuffix(f".{layer.local}")
-    whole = f"{owner}.{layer.projection.parameter}"
+    owner = name.removesuffix(layer.local)  # with its dot
+    whole = f"{owner}{layer.projection.parameter}"
     if whole not in dense:
         dense[whole] = torch.zeros(
             layer.experts.module.get_parameter(layer.projection.parameter).shape, dtype=weight.dtype

@@ -62,9 +62,11 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     weights = read_weights(path)
     packed: dict[str, tuple[QuantizationScheme, PackedWeight]] = {}
     for name, stored in names.items():
+        layer = find_layer(skeleton, name)
+        if isinstance(layer, ExpertLinear) and f"{stored}.weight" in weights:
+            write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
         if f"{stored}.weight_packed" not in weights:
             continue
-        layer = find_layer(skeleton, name)
         scheme = scheme_for(name, layer, by_target)
         packed[name] = scheme, take_packed(weights, stored, scheme)
         dense = packed[name][1].unpack().dequantize()
@@ -74,6 +76,7 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
             weights[f"{stored}.weight"] = as_parameter(layer, dense)
     options = {"dtype": model_config.dtype, **options}
     model: Any = model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
+    model.__dict__.pop("_weight_conversions", None)  # those of the dense weights here, not of the checkpoint
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     for name, (scheme, weight) in packed.items():

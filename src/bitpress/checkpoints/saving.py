@@ -21,6 +21,8 @@ from bitpress.checkpoints.directory import check_destination, whole_directory
 from bitpress.checkpoints.experts import checkpoint_names, choose_packed, is_expert, stored_experts, tensor_names
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.errors import BitpressError
+from bitpress.models.experts import find_layer
+from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def save(
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
     # A state dict of the caller's (gathered from many devices) is packed like the model's own.
     state = dict(options.pop("state_dict", None) or _dense_state(model))
-    path = check_destination(directory, overwrite=overwrite, needed=_bytes(state, packed))
+    path = check_destination(directory, overwrite=overwrite, needed=_bytes(model, state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
             _write_transformers(model, draft, state, layers, packed, options)
@@ -118,8 +120,10 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
-def _bytes(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:
-    unique = {t.data_ptr(): t.numel() * t.element_size() for name, t in state.items() if name[:-7] not in packed}
+def _bytes(model: nn.Module, state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:
+    experts = [s for s in stored_experts(model) if s.packable and all(name in packed for name in s.names)]
+    gone = {parameter for s in experts for parameter in s.parameters} | {f"{name}.weight" for name in packed}
+    unique = {t.data_ptr(): t.numel() * t.element_size() for name, t in state.items() if name not in gone}
     return sum(unique.values()) + sum(p.nbytes() for p in packed.values())
 
 
@@ -145,8 +149,15 @@ def _write_transformers(
         linears = checkpoint_names(model, [name for name in read if name not in names]) | names
         weights = {f"{name}.weight" for name in read}
         dense = {name: tensor for name, tensor in state.items() if name not in weights}
+        # Where transformers puts a layer for each expert, it looks for a weight of each, dense or packed.
+        one_by_one = [s for s in whole if s.as_layers]
+        for name in [parameter for s in one_by_one for parameter in s.parameters]:
+            del dense[name]
         stored_names = tensor_names(model, {name: tensor.dim() for name, tensor in dense.items()})
         tensors = {stored_names[name]: tensor for name, tensor in dense.items()}
+        for s in one_by_one:
+            for name, stored_name in s.names.items():
+                tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
         for name, stored_name in linears.items():
             tensors |= {f"{stored_name}.{kind}": t for kind, t in packed[name].tensors().items()}
         type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})

@@ -165,7 +165,7 @@ def _carry_over(old: ExpertLinear, new: ExpertLinear) -> None:
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     for name, buffer in old.named_buffers(recurse=False):
-        new.register_buffer(name, buffer, persistent=False)
+        new.register_buffer(name, buffer.to(new.weight.device), persistent=False)
 
 
 def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -207,9 +207,12 @@ def routers(model: nn.Module) -> Iterator[str]:
         if experts is None:
             continue
         beside = name.rpartition(".")[0]
-        for local, layer in model.get_submodule(beside).named_modules(prefix=beside):
-            if isinstance(layer, nn.Linear) and layer.out_features in (1, experts.count):
-                yield local
+        for local, child in model.get_submodule(beside).named_children():
+            at = f"{beside}.{local}" if beside else local
+            linears = [(n, m) for n, m in child.named_modules(prefix=at) if isinstance(m, nn.Linear)]
+            alone = len(linears) == 1 and linears[0][1].out_features in (1, experts.count)
+            if alone or (child is not module and ("router" in local or local == "gate")):
+                yield from (n for n, _ in linears)
 
 
 @contextmanager

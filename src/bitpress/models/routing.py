@@ -79,15 +79,22 @@ class Announcer(TorchFunctionMode):
 
     def _announce(self, x: Tensor, parameter: str, experts: list[int]) -> None:
         # Of a product in batches the rows that a router has set to zero are no tokens.
-        inputs = [x] if len(experts) == 1 else [e[e.any(-1)] for e in x] if x.dim() == 3 else []
-        for expert, each in zip(experts, inputs, strict=False):
+        taken = [each.any(-1) for each in x] if len(experts) > 1 and x.dim() == 3 else []
+        inputs = [x] if len(experts) == 1 else [each[rows] for each, rows in zip(x, taken, strict=False)]
+        for position, (expert, each) in enumerate(zip(experts, inputs, strict=False)):
             # Which tokens these rows are: known where the router's choice is.
-            known = {} if self._call is None or self._experts.every_token else {
-                "rows": partial(self._call.rows_of, expert)
-            }  # fmt: skip
+            known: dict[str, Any] = {}
+            if taken:
+                known = {"rows": partial(_positions, taken[position])}
+            elif self._call is not None and not self._experts.every_token:
+                known = {"rows": partial(self._call.rows_of, expert)}
             for projection in self._experts.projections:
                 if projection.parameter == parameter and (self._first or not projection.first):
                     announce(self._experts.layers[projection.of(expert)], each, known)
+
+
+def _positions(taken: Tensor) -> Tensor:
+    return taken.nonzero()[:, 0]
 
 
 def announce(layer: nn.Module, x: Tensor, known: dict[str, Any]) -> None:

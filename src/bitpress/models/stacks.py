@@ -53,6 +53,9 @@ def find_projections(module: nn.Module) -> list[Projection]:
     if len(stacks) == 1:
         return _single(module, *next(iter(stacks.items())))
     *firsts, last = stacks
+    squares = len({*(tuple(p.shape[1:]) for p in stacks.values()), tuple(stacks[last].shape[:0:-1])}) == 1
+    if squares and not any("expert" in name for name in (type(module).__name__.lower(), *vars(module))):
+        return []  # rather the blocks of block-diagonal matrices
     transposed = getattr(module, "is_transposed", None)
     for flipped in (False, True) if transposed is None else (bool(transposed),):
         # (out, in) of one expert's matrices

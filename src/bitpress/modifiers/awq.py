@@ -104,9 +104,10 @@ class AWQModifier(QuantizationModifier):
         self._balanced = {n for found in self._resolved.values() for mapping in found for n in mapping.balance}
 
     def required_statistics(self, state: State, name: str) -> Statistic:
-        """Gram matrix and mean magnitude, for the balance layers."""
-        balanced = name in self._balanced
-        return Statistic.GRAM | Statistic.MEAN_MAGNITUDE if balanced else Statistic.NONE
+        """Gram matrix and mean magnitude for the balance layers; the Gram matrix for all whose ranges are searched."""
+        if name in self._balanced:
+            return Statistic.GRAM | Statistic.MEAN_MAGNITUDE
+        return Statistic.GRAM if self.clip and name in state.schemes else Statistic.NONE
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""

@@ -160,7 +160,7 @@ def _without_padding(x: Tensor, mask: Tensor | None, rows: Callable[[], Tensor] 
     if mask is None:
         return x
     chosen = rows() if rows is not None else None
-    if chosen is not None and x.dim() == 2 and len(chosen) == len(x):
+    if chosen is not None and x.dim() == 2 and len(chosen) == len(x) and bool((chosen < mask.numel()).all()):
         return x[mask.flatten().to(x.device)[chosen]]
     if x.dim() >= 3 and x.shape[:2] == mask.shape:
         return x[mask.to(x.device)]
