@@ -1,7 +1,7 @@
 """Blocks: the repeated sub-networks of a model, which are calibrated one after the other."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,10 @@ class Call:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, MutableMapping):  # one that pytree does not know: keys and values that later blocks share
+        own = copy.copy(value)
+        own.update({key: tree_map(_copied, each) for key, each in value.items()})
+        return own
     return copy.deepcopy(value) if any(kind.__name__ == "Cache" for kind in type(value).__mro__) else value
 
 
