@@ -60,6 +60,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *options(folder, tmp_path / "out", recipe="w8a16", dataset="data"),
         *["--text-column", "prose", "--splits", "train[:3]", "--batch-size", "2", "--concatenate-data", "--seed", "7"],
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
+        "--no-moe-calibrate-all-experts",
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -73,6 +74,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "concatenate_data": True,
         "seed": 7,
         "pipeline": "basic",
+        "moe_calibrate_all_experts": False,
         "save_compressed": False,
         "overwrite": True,
         "trust_remote_code_model": True,

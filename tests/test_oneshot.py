@@ -106,9 +106,10 @@ def test_the_model_is_changed_in_place_and_returned():
         module.training = modes[name]
     assert oneshot(model, token_ids(), awq(), num_calibration_samples=6) is model
     assert {name: module.training for name, module in model.named_modules()} == modes
-    # The state dict has the same keys, and the parameters are the same objects, with gradients as before.
+    # The state dict has the same keys, and the parameters are the same objects; what is quantized is not trained.
     assert model.state_dict().keys() == before.keys()
-    assert all(parameters[name] is p and p.requires_grad for name, p in model.named_parameters())
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {f"{n}.weight" for n in layers(model)}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {f"{name}.weight" for name in layers(model)} <= changed
     assert not changed & {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}

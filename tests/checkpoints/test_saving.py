@@ -250,8 +250,8 @@ def test_a_model_of_conv1d_and_linear_layers(tmp_path):
     model.save_pretrained(tmp_path / "out")
     assert same_logits(loaded(tmp_path / "out"), model)
     assert [n for n in tensors_of(tmp_path / "out") if n.endswith("weight_packed")] == ["lm_head.weight_packed"]
-    ignored = config_of(tmp_path / "out")["quantization_config"]["ignore"]
-    assert ignored == [n for n in quantized(model) if n != "lm_head"]
+    config = config_of(tmp_path / "out")["quantization_config"]
+    assert (config["config_groups"]["group_0"]["targets"], config["ignore"]) == (["Linear"], [])
 
 
 def test_dense_on_request(compressed, tmp_path):

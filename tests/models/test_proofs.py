@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_mappings import known_in
 from torch import nn
@@ -358,6 +358,40 @@ def test_convolutions_absorb_scales(convolution, shape, between, positions, comm
     tiny.assert_unchanged(block.module, before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(channels=st.integers(1, 4), positions=st.integers(1, 6), seed=st.integers(0, 1 << 30))
+@example(channels=2, positions=2, seed=4)  # which draws the same scale for both
+def test_few_channels_are_not_taken_for_one_another(channels, positions, seed):
+    """Of few random scales, those of two channels may be the same: a map that mixes them up must fail all the same."""
+
+    def build():
+        first, last = nn.Conv1d(2, channels, 3, padding=1), nn.Linear(channels * positions, 4)
+        return nn.Sequential(first, nn.LeakyReLU(), nn.Flatten(), last)
+
+    block = tiny.called(tiny.seeded(build), torch.randn(5, 2, positions, generator=seeded(0)))
+    with torch.no_grad():
+        proof = prove(block, Claim(block.module[0], [block.module[-1]]), seed)
+    assert proof.holds
+    assert torch.equal(proof.channel_map, torch.arange(channels).repeat_interleave(positions))
+
+
+def test_infinities_that_are_handed_on_do_not_count():
+    """As where a block gives the mask on to the next."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            mask = torch.full((4, 4), -math.inf).triu(1)
+            return self.down(self.up(x).relu()), mask
+
+    block = tiny.called(tiny.seeded(Masked), torch.randn(4, 8, generator=seeded(0)))
+    assert prove(block, Claim(block.module.up, [block.module.down])).holds
+    assert not prove(block, Claim(block.module.down, [block.module.up])).holds
+
+
 class Noisy(nn.Module):
     """A pair of layers, and beside it whatever is drawn at random."""
 
@@ -378,10 +412,10 @@ def noisy(beside, amount=1.0, *, name="model.layers.3", training=False):
 @pytest.mark.parametrize(
     ("beside", "why"),
     [
-        (nn.Dropout(0.5), "model.layers.3.beside is in training mode"),
-        (nn.Sequential(nn.Identity(), nn.AlphaDropout(0.5)), "model.layers.3.beside.1 is in training mode"),
-        (Composed(torch.rand_like), "it draws random numbers"),
-        (Composed(lambda x: x * torch.rand(())), "it draws random numbers"),
+        (nn.Dropout(0.5), "model.layers.3.beside (Dropout)"),
+        (nn.Sequential(nn.Dropout(0.0), nn.AlphaDropout(0.5)), "model.layers.3.beside.1 (AlphaDropout)"),
+        (Composed(torch.rand_like), "model.layers.3.beside (Composed)"),
+        (nn.Sequential(Composed(lambda x: x * torch.rand(())), nn.Linear(8, 8)), "model.layers.3.beside.0 (Composed)"),
     ],
 )
 def test_a_block_that_changes_from_run_to_run_is_named(beside, why, together):
@@ -390,9 +424,27 @@ def test_a_block_that_changes_from_run_to_run_is_named(beside, why, together):
     claim = Claim(block.module.up, [block.module.down], torch.arange(16))
     with pytest.raises(BitpressError, match=r"the output of model\.layers\.3 changes from run to run") as error:
         prove_together(block, [claim]) if together else prove(block, claim)
-    assert why in str(error.value)
+    assert f": {why} draws random numbers" in str(error.value)
     assert "QuantizationModifier" in str(error.value)
     tiny.assert_unchanged(block.module, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.module.modules())
+
+
+class Jittered(nn.Module):
+    """Draws by itself, not in one of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(F.silu(self.up(x) + torch.randn(16)))
+
+
+def test_a_block_that_draws_by_itself_is_named():
+    block = tiny.called(tiny.seeded(Jittered), torch.randn(4, 8, generator=seeded(0)), "model.layers.3")
+    with pytest.raises(BitpressError, match=r"in it: model\.layers\.3 \(Jittered\) draws random numbers"):
+        prove(block, Claim(block.module.up, [block.module.down]))
 
 
 def test_a_mapping_is_to_blame_where_the_block_is_steady():

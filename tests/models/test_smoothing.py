@@ -51,7 +51,28 @@ class GatedNorm(HalfOffsetNorm):
     """Needs a second argument."""
 
     def forward(self, x, gate):
-        return self.weight * x * gate
+        return self.weight * x * torch.nn.functional.silu(gate)
+
+
+class MaybeGatedNorm(HalfOffsetNorm):
+    """Has a second argument that it can be called without, and cannot do without."""
+
+    def forward(self, x, gate=None):
+        return (1 + self.weight) * x / x.norm(dim=-1, keepdim=True) * gate.sigmoid()
+
+
+class NamedNorm(HalfOffsetNorm):
+    """Needs a second argument that is no tensor."""
+
+    def forward(self, x, kind):
+        return self.weight * x * len(kind.upper())
+
+
+class KeyedNorm(HalfOffsetNorm):
+    """As above, and fails in another way where it is given one."""
+
+    def forward(self, x, kind):
+        return self.weight * {"plain": x, "flipped": -x}[kind]
 
 
 NORMS = {
@@ -99,7 +120,27 @@ def test_norm_offset_is_measured(name, dtype):
     tiny.assert_unchanged(norm, before)
 
 
-@pytest.mark.parametrize("kind", [ExponentialNorm, SquareNorm, DeafNorm, GatedNorm])
+@pytest.mark.parametrize(("kind", "offset"), [(GatedNorm, 0), (MaybeGatedNorm, 1)])
+def test_a_norm_with_a_gate_absorbs(kind, offset):
+    norm, x, gate, s = build(kind), inputs(0), inputs(1), positive(0).double()
+    with torch.no_grad():
+        assert norm_offset(norm) == offset
+        before = norm(x, gate)
+        divide_outputs(norm, s)
+        torch.testing.assert_close(norm(x, gate), before / s)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, lambda n: nn.GroupNorm(3, n)])
+def test_norms_of_images_absorb_per_channel(kind):
+    norm, s = build(kind), positive(0).double()
+    x = torch.randn(2, WIDTH, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        before = norm(x)
+        divide_outputs(norm, s)
+        torch.testing.assert_close(norm(x), before / s.view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [ExponentialNorm, SquareNorm, DeafNorm, NamedNorm, KeyedNorm, nn.PReLU])
 def test_a_norm_that_is_not_linear_in_its_weight_absorbs_nothing(kind):
     norm = build(kind)
     before = tiny.snapshot(norm)

@@ -408,6 +408,17 @@ def test_a_balance_layer_that_is_not_quantized_is_scaled_all_the_same():
     assert float((tiny.logits(model) - expected).norm() / expected.norm()) < 0.1
 
 
+@pytest.mark.parametrize("apart", ["0", "1"])
+def test_a_block_of_which_less_is_quantized_tells_nothing_of_the_others(apart):
+    """All blocks are of one structure; of one the MLP is left as it is."""
+    recipe = [AWQModifier(), quantizer(ignore=[f"re:.*layers.{apart}.mlp.*"])]
+    session = tiny.compress(tiny.llama(num_hidden_layers=3), recipe, tiny.token_data(1))
+    attention, mlp = {"input_layernorm", "v_proj"}, {"post_attention_layernorm", "up_proj"}
+    for block in range(3):
+        names = {r["smooth_layer"] for r in session.state.mapping_records if f"layers.{block}." in r["smooth_layer"]}
+        assert {n.rpartition(".")[2] for n in names} == (attention if str(block) == apart else attention | mlp)
+
+
 def test_smoothing_is_skipped_where_nothing_is_quantized():
     recipe = [AWQModifier(), quantizer(ignore=["re:.*layers.0.*"])]
     session = tiny.compress(tiny.llama(), recipe, tiny.token_data(1))

@@ -1,6 +1,7 @@
 """What transformers can do with a layer whose weight is packed, and so absent until the layer is called."""
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Collection
@@ -14,10 +15,19 @@ def is_read_by_its_parent(model: nn.Module, name: str) -> bool:
     """True if the code around a layer uses its weight itself, as Mamba's mixer does that of ``dt_proj``."""
     owner, _, child = name.rpartition(".")
     try:
-        source = inspect.getsource(type(model.get_submodule(owner)))
-    except (AttributeError, OSError, TypeError):
-        return False  # a layer of fused experts, or code without a source
+        kind: Any = type(model.get_submodule(owner))
+    except AttributeError:
+        return False  # a layer of fused experts
+    source = _source(kind)
     return re.search(rf"self\.{re.escape(child)}\.weight\b", source) is not None
+
+
+@functools.cache
+def _source(kind: Any) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def initializer_needs_weights(model: Any, layers: Collection[str]) -> str | None:

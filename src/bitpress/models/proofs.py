@@ -114,7 +114,11 @@ class Prover:
             return Proof(math.inf, 0.0, None)
         width = widths.pop()
         best = Proof(math.inf, self.tolerance, None)
+        hopeless: dict[tuple[bytes, int], bool] = {}
         for channel_map, power in _variants(claim, channels, width):
+            feeding = channel_map.unique().numpy().tobytes(), power
+            if hopeless.get(feeding):
+                continue
             tried = Claim(claim.smooth, claim.balance, channel_map, power)
             difference = self._difference([tried])
             if math.isnan(difference):
@@ -123,7 +127,14 @@ class Prover:
                 best = Proof(difference, self.tolerance, channel_map, power)
             if best.holds:
                 break
+            if feeding not in hopeless:
+                hopeless[feeding] = channels < width and not self._passes_one_scale(tried)
         return best
+
+    def _passes_one_scale(self, claim: Claim) -> bool:
+        """True if one scale for all channels passes: if not, no other map of the same channels can."""
+        moved = self._moved([claim], compensate=True, alike=True)
+        return self._relative(moved, [claim]) <= self.tolerance
 
     def prove_together(self, claims: Sequence[Claim]) -> Proof:
         """Try mappings whose channel maps are known, all at once, as they will be used.
@@ -156,12 +167,12 @@ class Prover:
         return self._alone[key]
 
     @torch.no_grad()
-    def _moved(self, claims: Sequence[Claim], *, compensate: bool) -> float:
+    def _moved(self, claims: Sequence[Claim], *, compensate: bool, alike: bool = False) -> float:
         """The norm of the change of the block's output."""
         generator = torch.Generator().manual_seed(self.seed)
         with restored([module for claim in claims for module in (claim.smooth, *claim.balance)]):
             for claim in claims:
-                _scale(claim, generator, compensate=compensate)
+                _scale(claim, generator, compensate=compensate, alike=alike)
             after = _output(self.block)
         return _distance(after, self._before)
 
@@ -207,12 +218,17 @@ def _norm(output: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in output))
 
 
-def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool) -> None:
-    """Multiply the balance layers' inputs by random powers of two and, to compensate, divide the producer's outputs."""
+def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool, alike: bool = False) -> None:
+    """Multiply the balance layers' inputs by random powers of two and, to compensate, divide the producer's outputs.
+
+    ``alike`` takes one power for all channels.
+    """
     assert claim.channel_map is not None  # noqa: S101
     channels = out_channels(claim.smooth) or 0
     device = next(claim.smooth.parameters()).device
     powers = torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2])[torch.randint(0, 4, (channels,), generator=generator)]
+    if alike:
+        powers.fill_(1 / 16)
     for layer in claim.balance:
         multiply_inputs(layer, powers[claim.channel_map].pow(claim.power).to(device))
     if compensate:
