@@ -63,6 +63,7 @@ def examine(name: str) -> Examined:
     layers = {n: m for n, m in named_layers(model) if is_linear(m)}
     resolution, report = resolved(model, probe)
     examined = Examined(type(model).__name__, report, moved_by_smoothing(model, resolution, probe))
+    assert examined.moved < 1e-4, f"smoothed, the output moves by {examined.moved:.1e}"
     unfit = {n: f"its inputs are no multiple of {GROUP}" for n, m in layers.items() if _width(m) % GROUP}
     weights = QuantizationArgs(num_bits=4, symmetric=True, group_size=GROUP)
     scheme = QuantizationScheme(targets=["Linear", "Conv1D"], weights=weights)
@@ -109,6 +110,7 @@ _WHY = {
     "its block did not run": "did not run",
     "it has no share": "no share in the output",
     "it runs": "run more than once",
+    "some of these weights": "shared with other blocks",
 }
 
 

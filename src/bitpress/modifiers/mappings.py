@@ -221,9 +221,10 @@ def _nearest_balance(
             return {}
 
 
-exclude_mapping(
-    "Gemma3ForCausalLM",
-    AWQMapping("re:.*input_layernorm$", ["re:.*(q|k|v)_proj$"]),
-    "queries and keys are normed behind these layers, so that the error at their outputs is not what counts: smoothed, "
-    "the model was reported to be worse than round-to-nearest (llm-compressor issue 2522)",
-)
+for _name in ("Gemma3ForCausalLM", "Gemma3TextModel"):
+    exclude_mapping(
+        _name,
+        AWQMapping("re:.*input_layernorm$", ["re:.*(q|k|v)_proj$"]),
+        "queries and keys are normed behind these layers, so that the error at their outputs is not what counts: "
+        "smoothed, the model was reported to be worse than round-to-nearest (llm-compressor issue 2522)",
+    )

@@ -1,6 +1,6 @@
 """The mappings of a model, block by block: the user's, the registry's or discovered, and each one proven."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.discovery import Left, discover, structure
+from bitpress.models.experts import ExpertLinear
 from bitpress.models.proofs import Claim, Proof, Prover
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping, why_excluded
 
@@ -54,12 +55,20 @@ def resolve_mappings(
     registered = registered_mappings(model) if stated is None else None
     table = stated if stated is not None else registered
     if table is None:
-        return _without_excluded(model, _discovered(blocks, considers, seed))
+        found = _without_excluded(model, _discovered(blocks, considers, seed))
+        for name, mapping, why in list(_breaking_others(found, blocks, seed)):
+            found.mappings[name].remove(mapping)
+            found.left[name] = [*found.left[name], Left(tuple(mapping.balance), why)]
+        return found
     source = "user" if stated is not None else "registry"
     resolution = Resolution({b.name: _in_block(table, b, considers, source) for b in blocks}, kinds=_kinds(blocks))
     if stated is not None:
         _check_all_used(stated, resolution, blocks)
     _prove(resolution, blocks, seed)
+    for name, mapping, why in _breaking_others(resolution, blocks, seed):
+        raise BitpressError(
+            f"{mapping.mapping} ({source}) does not hold for the model, though it does in {name}: {why}."
+        )
     for block in blocks:
         stated_for = {name for mapping in resolution.mappings[block.name] for name in mapping.balance}
         missing = tuple(name for name in block.layers if name not in stated_for)
@@ -107,6 +116,32 @@ def _discovered(blocks: Sequence[Block], considers: Considers, seed: int) -> Res
     return resolution
 
 
+def _breaking_others(
+    resolution: Resolution, blocks: Sequence[Block], seed: int
+) -> Iterator[tuple[str, ResolvedMapping, str]]:
+    """Mappings that do not hold for the model, though in their block: other blocks use some of their weights, too."""
+    users: dict[int, list[Block]] = {}
+    for block in blocks:
+        for parameter in block.module.parameters():
+            users.setdefault(id(parameter), []).append(block)
+    for name, mappings in resolution.mappings.items():
+        for mapping in mappings:
+            using = [users.get(id(_weight(m)), []) for m in (mapping.smooth, *mapping.balance.values())]
+            others = {b.name: b for of_layer in using for b in of_layer if b.name != name}
+            for other in others.values():
+                in_part = not all(any(b is other for b in of_layer) for of_layer in using)
+                if in_part or (other.calls and not Prover(other, seed).prove_together([mapping.claim()]).holds):
+                    yield name, mapping, f"some of these weights are {other.label}'s, too, which the scale would change"
+                    break
+
+
+def _weight(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter that holds a layer's weight."""
+    if isinstance(layer, ExpertLinear):
+        return layer.experts.module.get_parameter(layer.projection.parameter)
+    return layer._parameters.get("weight")
+
+
 def _without_excluded(model: nn.Module, resolution: Resolution) -> Resolution:
     for name, found in resolution.mappings.items():
         reasons = {id(mapping): why_excluded(model, mapping) for mapping in found}
@@ -120,7 +155,12 @@ def _without_excluded(model: nn.Module, resolution: Resolution) -> Resolution:
 
 def _kinds(blocks: Sequence[Block]) -> dict[str, int]:
     numbers: dict[Any, int] = {}
-    return {block.name: numbers.setdefault(structure(block), len(numbers)) for block in blocks}
+    return {block.name: numbers.setdefault(_kind(block), len(numbers)) for block in blocks}
+
+
+def _kind(block: Block) -> tuple[Any, ...]:
+    """Equal for blocks of one structure in which the same layers are targeted: for others no mapping is looked for."""
+    return structure(block), frozenset(name.removeprefix(block.name) for name in block.layers)
 
 
 def _prove(resolution: Resolution, blocks: Sequence[Block], seed: int) -> None:
