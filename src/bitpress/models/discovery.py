@@ -87,7 +87,20 @@ def discover(block: Block, seed: int = 0) -> Findings:
     if block.name in block.layers:
         return Findings(left=[Left((block.name,), "it is a block of its own: nothing runs before it there")])
     ran, groups, unsuitable = _watch(block)
-    search = _Search(block, ran, Prover(block, seed))
+    prover = Prover(block, seed)
+    search = _find(block, ran, groups, prover)
+    if not prover.hold_as_applied(search.claims):
+        for group in groups:
+            group.failed, group.trouble = None, ""
+        search = _find(block, ran, groups, Prover(block, seed, by_calls=False))
+    left = [Left(tuple(n for n in g.names if n in block.layers), _why(g)) for g in search.failed]
+    left += [Left((name,), why) for name, why in unsuitable.items() if name in block.layers]
+    return Findings(search.found, [each for each in left if each.layers])
+
+
+def _find(block: Block, ran: dict[str, nn.Module], groups: Sequence["_Group"], prover: Prover) -> "_Search":
+    """Search all groups: those of experts that are alike together, and those that found nothing joined."""
+    search = _Search(block, ran, prover)
     alike: dict[tuple[Any, ...], list[_Group]] = {}
     lone: list[_Group] = []
     for group in groups:
@@ -99,12 +112,10 @@ def discover(block: Block, seed: int = 0) -> Findings:
     failed = [g for g in lone if not search.one(g)]
     for experts in alike.values():
         failed += search.all_experts(experts)
-    failed = search.joined(sorted(failed, key=lambda g: g.before))
+    search.failed = search.joined(sorted(failed, key=lambda g: g.before))
     position = {name: i for i, group in enumerate(groups) for name in group.names}
     search.found.sort(key=lambda d: min(position[n] for n in d.balance))
-    left = [Left(tuple(n for n in g.names if n in block.layers), _why(g)) for g in failed]
-    left += [Left((name,), why) for name, why in unsuitable.items() if name in block.layers]
-    return Findings(search.found, [each for each in left if each.layers])
+    return search
 
 
 class _Search:
@@ -113,7 +124,16 @@ class _Search:
     def __init__(self, block: Block, ran: dict[str, nn.Module], prover: Prover) -> None:
         self.block, self.ran, self.prover = block, ran, prover
         self.found: list[Discovery] = []
+        self.failed: list[_Group] = []
         self.taken: set[str] = set()
+
+    @property
+    def claims(self) -> list[Claim]:
+        """What was found, as claims."""
+        return [
+            Claim(self.ran[d.smooth], [self.ran[n] for n in d.balance], d.proof.channel_map, d.proof.power)
+            for d in self.found
+        ]
 
     def one(self, group: _Group) -> bool:
         """Find the mapping of one group; a group of no targeted layer needs none."""

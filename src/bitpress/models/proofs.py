@@ -10,8 +10,9 @@ What the block gives without any scale, and with scales that nothing makes up fo
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.channels import channel_maps
-from bitpress.models.linears import has_columns, in_features
+from bitpress.models.experts import ExpertLinear
+from bitpress.models.linears import has_columns, in_features, is_linear
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
 from bitpress.models.steadiness import first_unsteady
 
@@ -98,13 +100,14 @@ class Prover:
     Args:
         block: the block, with that call.
         seed: of the random scales.
+        by_calls: scale linear layers where they are called, which costs less than to write to their weights.
 
     Raises:
         UnsteadyError: the block's output changes from run to run.
     """
 
-    def __init__(self, block: Block, seed: int = 0) -> None:
-        self.block, self.seed = block, seed
+    def __init__(self, block: Block, seed: int = 0, *, by_calls: bool = True) -> None:
+        self.block, self.seed, self._by_calls = block, seed, by_calls
         known = block.first_output
         self._before = _output(block) if known is None else _floats(known)
         self._steady = False
@@ -153,6 +156,10 @@ class Prover:
         difference = self._relative(moved, claims) if moved else 0.0
         return Proof(difference, self.tolerance, claims[0].channel_map)
 
+    def hold_as_applied(self, claims: Sequence[Claim]) -> bool:
+        """True if mappings hold when they are written to the weights, whoever else may read those."""
+        return not claims or Prover(self.block, self.seed, by_calls=False).prove_together(claims).holds
+
     def _difference(self, claims: Sequence[Claim]) -> float:
         """How far the output moves with the scales moved over, relative to how far with nothing to make up for them."""
         return self._relative(self._moved(claims, compensate=True), claims)
@@ -181,11 +188,11 @@ class Prover:
     @torch.no_grad()
     def _moved(self, claims: Sequence[Claim], *, compensate: bool, alike: bool = False) -> float:
         """The norm of the change of the block's output."""
-        generator = torch.Generator().manual_seed(self.seed)
-        with restored([module for claim in claims for module in (claim.smooth, *claim.balance)]):
-            for claim in claims:
-                _scale(claim, generator, compensate=compensate, alike=alike)
-            after = _output(self.block)
+        for by_calls in (True, False) if self._by_calls else (False,):
+            with _Scaled(claims, self.seed, compensate=compensate, alike=alike, by_calls=by_calls) as scaled:
+                after = _output(self.block)
+            if not scaled.silent:
+                break
         return _distance(after, self._before)
 
     def _check_steady(self) -> None:
@@ -235,23 +242,82 @@ def _norm(output: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in output))
 
 
-def _scale(claim: Claim, generator: torch.Generator, *, compensate: bool, alike: bool = False) -> None:
-    """Multiply the balance layers' inputs by random powers of two and, to compensate, divide the producer's outputs.
+class _Scaled:
+    """Inside the ``with`` balance layers' inputs are multiplied by random powers of two.
 
-    ``alike`` takes one power for all channels.
+    If it is to ``compensate``, the producers' outputs are divided by them. A linear layer is scaled by hooks where it
+    is called, which is exact and writes to no weight; all others, and with ``by_calls=False`` these too, by their
+    weights. ``alike`` takes one power for all channels.
+
+    Attributes:
+        silent: True if a layer with a hook was not called: the model's code uses its weight by itself.
     """
-    assert claim.channel_map is not None  # noqa: S101
-    channels = out_channels(claim.smooth) or 0
-    device = next(claim.smooth.parameters()).device
-    powers = torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2])[torch.randint(0, 4, (channels,), generator=generator)]
-    if alike:
-        powers.fill_(1 / 16)
-    for layer in claim.balance:
-        multiply_inputs(layer, powers[claim.channel_map].pow(claim.power).to(device))
-    if compensate:
+
+    def __init__(self, claims: Sequence[Claim], seed: int, *, compensate: bool, alike: bool, by_calls: bool) -> None:
+        self._claims, self._compensate, self._alike, self._by_calls = claims, compensate, alike, by_calls
+        self._generator = torch.Generator().manual_seed(seed)
+        self._undo = ExitStack()
+        self._waiting: set[int] = set()
+
+    @property
+    def silent(self) -> bool:
+        return bool(self._waiting)
+
+    def __enter__(self) -> "_Scaled":
+        every = [m for claim in self._claims for m in (claim.smooth, *claim.balance)]
+        with ExitStack() as stack:
+            stack.enter_context(restored([m for m in every if not self._is_called(m)]))
+            for claim in self._claims:
+                self._scale(claim, stack)
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def _is_called(self, layer: nn.Module) -> bool:
+        return self._by_calls and is_linear(layer) and not isinstance(layer, ExpertLinear)
+
+    def _scale(self, claim: Claim, stack: ExitStack) -> None:
+        assert claim.channel_map is not None  # noqa: S101
+        channels = out_channels(claim.smooth) or 0
+        device = next(claim.smooth.parameters()).device
+        powers = torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2])[
+            torch.randint(0, 4, (channels,), generator=self._generator)
+        ]
+        if self._alike:
+            powers.fill_(1 / 16)
+        inputs = powers[claim.channel_map].pow(claim.power).to(device)
+        for layer in claim.balance:
+            if self._is_called(layer):
+                self._hook(stack, layer, layer.register_forward_pre_hook(partial(self._at_input, inputs)))
+            else:
+                multiply_inputs(layer, inputs)
+        if not self._compensate:
+            return
         feeding = torch.zeros(channels, dtype=torch.bool)
         feeding[claim.channel_map] = True
-        divide_outputs(claim.smooth, torch.where(feeding, powers, 1.0).to(device))
+        outputs = torch.where(feeding, powers, 1.0).to(device)
+        if self._is_called(claim.smooth):
+            self._hook(stack, claim.smooth, claim.smooth.register_forward_hook(partial(self._at_output, outputs)))
+        else:
+            divide_outputs(claim.smooth, outputs)
+
+    def _hook(self, stack: ExitStack, layer: nn.Module, handle: Any) -> None:
+        stack.callback(handle.remove)
+        self._waiting.add(id(layer))
+
+    def _at_input(self, powers: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args:
+            return None  # given by name: by its weight, then
+        self._waiting.discard(id(layer))
+        return args[0] * powers.to(args[0].dtype), *args[1:]
+
+    def _at_output(self, powers: Tensor, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            return None  # a router that returns more than its product: by its weight, then
+        self._waiting.discard(id(layer))
+        return output / powers.to(output.dtype)
 
 
 @contextmanager

@@ -168,28 +168,34 @@ def _prove(resolution: Resolution, blocks: Sequence[Block], seed: int) -> None:
     maps: dict[Any, tuple[Tensor, int]] = {}
     for block in blocks:
         mappings = resolution.mappings[block.name]
-        if not block.calls or not mappings:
+        if block.calls and mappings:
+            _prove_block(mappings, block, maps, Prover(block, seed))
+
+
+def _prove_block(
+    mappings: Sequence[ResolvedMapping], block: Block, maps: dict[Any, tuple[Tensor, int]], prover: Prover
+) -> None:
+    """``maps`` are the channel maps of kinds that have been proven alone: all of these at once is enough."""
+    known, fresh = [], []
+    for mapping in mappings:
+        if mapping.kind(block) in maps:
+            mapping.channel_map, mapping.power = maps[mapping.kind(block)]
+            known.append(mapping)
             continue
-        prover = Prover(block, seed)
-        known = []
-        for mapping in mappings:
-            # The channel map of a kind that has been proven alone: all of these at once is enough.
-            if mapping.kind(block) in maps:
-                mapping.channel_map, mapping.power = maps[mapping.kind(block)]
-                known.append(mapping)
-            else:
-                _prove_alone(mapping, block, prover)
-                if mapping.channel_map is not None:
-                    maps[mapping.kind(block)] = mapping.channel_map, mapping.power
-        if not known:
-            continue
-        together = prover.prove_together([m.claim() for m in known])
-        for mapping in known:
-            if together.holds:
-                mapping.difference = together.difference
-            else:
-                mapping.channel_map = None
-                _prove_alone(mapping, block, prover)
+        _prove_alone(mapping, block, prover)
+        if mapping.channel_map is not None:
+            maps[mapping.kind(block)] = mapping.channel_map, mapping.power
+            fresh.append(mapping)
+    if not prover.hold_as_applied([m.claim() for m in fresh]):
+        for mapping in fresh:
+            _prove_alone(mapping, block, Prover(block, prover.seed, by_calls=False))
+    together = prover.prove_together([m.claim() for m in known]) if known else None
+    for mapping in known:
+        if together is not None and together.holds:
+            mapping.difference = together.difference
+        else:
+            mapping.channel_map = None
+            _prove_alone(mapping, block, prover)
 
 
 def _prove_alone(mapping: ResolvedMapping, block: Block, prover: Prover) -> None:
