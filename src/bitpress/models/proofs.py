@@ -307,15 +307,17 @@ class _Scaled:
         stack.callback(handle.remove)
         self._waiting.add(id(layer))
 
+    # A layer that is called in another way than usual is scaled by its weight, then.
+
     def _at_input(self, powers: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args:
-            return None  # given by name: by its weight, then
+        if not args or args[0].shape[-1:] != powers.shape:
+            return None
         self._waiting.discard(id(layer))
         return args[0] * powers.to(args[0].dtype), *args[1:]
 
     def _at_output(self, powers: Tensor, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor):
-            return None  # a router that returns more than its product: by its weight, then
+        if not isinstance(output, Tensor) or output.shape[-1:] != powers.shape:
+            return None
         self._waiting.discard(id(layer))
         return output / powers.to(output.dtype)
 
