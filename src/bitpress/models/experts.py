@@ -6,6 +6,8 @@ parameter, and the module's own forward computes with it. The layers' forward pr
 by their slice, whatever function it does it with.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from bitpress.models.routing import Announcer, RoutedCall, announce
 from bitpress.models.stacks import Projection, find_projections
+
+logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "_bitpress_experts"
 
@@ -117,6 +121,8 @@ class FusedExperts:
     def _heard(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with what its layers receive announced to their hooks."""
         call = RoutedCall.of(forward, args, kwargs, self.count)
+        if self.every_token and call is None:
+            _say_routed(type(self.module).__name__)
         if not self.every_token or call is None:
             with Announcer(self, call):
                 return forward(*args, **kwargs)
@@ -139,6 +145,11 @@ class FusedExperts:
                 if weight.dim() == 2 and weight.numel() == whole[0].numel():
                     return name, [offset // (whole.stride(0) * whole.element_size())]
         return None
+
+
+@functools.cache
+def _say_routed(kind: str) -> None:
+    logger.warning("%s are called without an index of experts: each sees the tokens that the router sends it.", kind)
 
 
 def fused_experts(module: nn.Module) -> FusedExperts | None:
