@@ -752,7 +752,7 @@ def test_layers_that_are_as_wide_as_there_are_experts_are_no_routers(kind, expec
 
 def test_experts_that_are_called_in_another_form_say_once_that_they_are_routed(caplog):
     experts_module._say_routed.cache_clear()
-    architecture = ARCHITECTURES["llama4"]
+    architecture = architectures.ARCHITECTURES["llama4"]
     find_mappings(architecture.build(), [architecture.inputs(1, 16, 0)])
     assert [r.getMessage() for r in caplog.records if "sends it" in r.getMessage()] == [
         "Llama4TextExperts are called without an index of experts: each sees the tokens that the router sends it."
