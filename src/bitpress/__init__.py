@@ -3,7 +3,7 @@
 from bitpress.checkpoints import load, save
 from bitpress.errors import BitpressError
 from bitpress.mappings import find_mappings
-from bitpress.modifiers import AWQMapping, AWQModifier, Modifier, QuantizationModifier, register_mappings
+from bitpress.modifiers import AWQMapping, AWQModifier, GPTQModifier, Modifier, QuantizationModifier, register_mappings
 from bitpress.oneshot import oneshot
 from bitpress.session import Recipe
 
@@ -11,6 +11,7 @@ __all__ = [
     "AWQMapping",
     "AWQModifier",
     "BitpressError",
+    "GPTQModifier",
     "Modifier",
     "QuantizationModifier",
     "Recipe",

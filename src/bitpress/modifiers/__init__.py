@@ -2,6 +2,7 @@
 
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.gptq import GPTQModifier
 from bitpress.modifiers.mappings import AWQMapping, exclude_mapping, register_mappings
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.state import State
@@ -9,6 +10,7 @@ from bitpress.modifiers.state import State
 __all__ = [
     "AWQMapping",
     "AWQModifier",
+    "GPTQModifier",
     "Modifier",
     "QuantizationModifier",
     "State",
