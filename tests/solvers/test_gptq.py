@@ -3,12 +3,13 @@
 import pytest
 import tiny
 import torch
+from compressed_tensors.quantization import ActivationOrdering
 from compressing import awq, scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitpress import GPTQModifier
-from bitpress.quantization import QuantizationArgs
+from bitpress import BitpressError, GPTQModifier
+from bitpress.quantization import QuantizationArgs, check_supported
 from bitpress.solvers import gptq, output_error, round_to_nearest
 from bitpress.solvers.gptq import inverse_factor
 
@@ -124,3 +125,11 @@ def test_after_awq_in_one_recipe():
     assert mine.keys() == theirs.keys()
     better = [name for name in mine if mine[name]["relative_error"] < theirs[name]["relative_error"]]
     assert len(better) > 0.8 * len(mine)
+
+
+@pytest.mark.parametrize("actorder", [ActivationOrdering.GROUP, ActivationOrdering.DYNAMIC])
+def test_an_order_that_would_have_to_be_stored_is_refused(actorder):
+    """Newer compressed-tensors refuse it themselves."""
+    args = QuantizationArgs(num_bits=4, group_size=32).model_copy(update={"actorder": actorder})
+    with pytest.raises(BitpressError, match=f"actorder '{actorder.value}' is not supported"):
+        check_supported(args)

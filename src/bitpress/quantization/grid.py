@@ -8,7 +8,12 @@ compressed-tensors' ``fake_quantize``; it is done in place, on rows that fit the
 from collections.abc import Iterator
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from torch import Tensor
 
 from bitpress.errors import BitpressError
@@ -37,6 +42,8 @@ def check_supported(args: QuantizationArgs) -> None:
         raise BitpressError(f"weights: strategy {args.strategy} is not supported; use one of {names}.")
     if args.dynamic:
         raise BitpressError("weights: dynamic=True is for activations; weights have dynamic=False.")
+    if args.actorder in (ActivationOrdering.GROUP, ActivationOrdering.DYNAMIC):
+        raise BitpressError(f'weights: actorder {args.actorder.value!r} is not supported; use "static".')
 
 
 def integer_range(args: QuantizationArgs) -> tuple[int, int]:
