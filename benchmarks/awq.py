@@ -17,10 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
 
+from compressed_tensors.quantization import ActivationOrdering  # noqa: E402
 from smollm2 import calibration_tokens, load_smollm2, peak_gib, perplexity, report  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from bitpress import AWQModifier, QuantizationModifier, oneshot  # noqa: E402
+from bitpress import AWQModifier, GPTQModifier, QuantizationModifier, oneshot  # noqa: E402
 from bitpress.quantization import QuantizationArgs, QuantizationScheme  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def forward_seconds(model, tokens: torch.Tensor, batch_size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--algorithm", default="awq", choices=["rtn", "awq"])
+    parser.add_argument("--algorithm", default="awq", choices=["rtn", "awq", "awq+gptq"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
@@ -54,8 +55,12 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     tokens = calibration_tokens(tokenizer, args.samples, args.length)
     weights = QuantizationArgs(num_bits=args.bits, type="int", symmetric=False, strategy="group", group_size=args.group)
+    gptq = args.algorithm == "awq+gptq"
+    if gptq:
+        weights = weights.model_copy(update={"actorder": ActivationOrdering.STATIC})
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    quantize = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    quantizer = GPTQModifier if gptq else QuantizationModifier
+    quantize = quantizer(config_groups={"group_0": scheme}, ignore=["lm_head"])
     duo = {"true": True, "false": False}.get(args.duo_scaling, "both")
     recipe = [quantize] if args.algorithm == "rtn" else [AWQModifier(duo_scaling=duo, clip=not args.no_clip), quantize]
 

@@ -31,12 +31,18 @@ def _source(kind: Any) -> str:
 
 
 def initializer_needs_weights(model: Any, layers: Collection[str]) -> str | None:
-    """The class of module whose initializing by transformers, part of every load, fails without these weights."""
+    """The class of module whose initializing by transformers, part of every load, fails without these weights.
+
+    None also where that cannot be found out: it is for a warning, which must not keep a model from being saved.
+    """
     config = copy.deepcopy(model.config)
     if isinstance(config.dtype, str):
         config.dtype = getattr(torch, config.dtype)  # saving has left its name there
-    with torch.device("meta"):
-        skeleton = type(model)(config)
+    try:
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+    except Exception:
+        return None
     for name in layers:
         try:
             skeleton.get_submodule(name)._parameters.pop("weight", None)
@@ -54,7 +60,7 @@ def _failing(module: nn.Module, initialize: Callable[[nn.Module], None]) -> str 
             return failing
     try:
         initialize(module)
-    except AttributeError as error:
-        if "weight" in str(error):
+    except Exception as error:
+        if isinstance(error, AttributeError) and "weight" in str(error):
             return type(module).__name__
     return None

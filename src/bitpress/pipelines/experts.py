@@ -42,7 +42,9 @@ def share_among_experts(
             if not short or not seen:
                 continue
             # The gate and the up projection share their inputs, and so one whole.
-            whole = wholes.setdefault(frozenset(seen), pooled([s.clone() for s in seen.values()]))
-            shared |= dict.fromkeys(short, whole)
+            if frozenset(seen) not in wholes:
+                parts = list(seen.values())
+                wholes[frozenset(seen)] = pooled(parts) if len(parts) > 1 else parts[0].clone()
+            shared |= dict.fromkeys(short, wholes[frozenset(seen)])
             few |= {name: rows[name] for name in short}
     return shared, few
