@@ -13,6 +13,8 @@ from bitpress.solvers.ranges import minmax_parameters
 
 # Dampening is multiplied by this until the matrix can be factored.
 GROWTH = 10.0
+# Columns that are rounded one after the other; more are taken by halves.
+LEAF = 16
 
 
 @dataclass(frozen=True)
@@ -43,52 +45,90 @@ def gptq(
     """The integers that GPTQ chooses (Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1).
 
     For each column j, with U the upper Cholesky factor of ``(H + dI)^-1``: the column is rounded, and its error over
-    ``U[j, j]`` times the rest of U's row j is taken from the columns behind it, within a block at once, behind it block
-    by block.
+    ``U[j, j]`` times the rest of U's row j is taken from the columns behind it. Within a block that is done by halves:
+    once the left half is rounded, one product takes its errors from the right half. Behind the block, block by block.
 
     Every range is known before the first column is rounded: with ``args.actorder`` "weight" (or "static") the columns
     are taken in the order of falling ``H[j, j]``, each on the grid of the group that it stands in, and no order has to
     be stored.
 
     Args:
-        weight: (out, in), any float dtype; solved in float32.
+        weight: (out, in), any float dtype; solved in float32. Rows are solved apart from each other, so that layers
+            which share their input are solved at once, one below the other.
         gram: (in, in), float32, ``H = X^T X``. Columns of zeros are rounded to nearest.
         args: the scheme.
         dtype: what scales are stored in.
         ranges: scale and zero point of every group; by default those that span the least and greatest value.
         dampening: d as a share of the mean of H's diagonal.
-        block_size: columns whose errors are passed on at once.
+        block_size: columns whose errors are passed on at once to all columns behind them.
     """
-    W = weight.float().clone()
-    scale, zero_point = minmax_parameters(W, args, dtype) if ranges is None else ranges
+    scale, zero_point = minmax_parameters(weight.float(), args, dtype) if ranges is None else ranges
     H = gram.float()
-    diagonal = H.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if _by_activation(args) else None
-    if order is not None:
-        W, H = W[:, order], H[order][:, order]
-    factor, used = inverse_factor(H, dampening)
-    columns = torch.arange(W.shape[1], device=W.device) if order is None else order
-    steps, offsets = _of_columns(scale.float(), columns, args), _of_columns(zero_point.float(), columns, args)
-    values = torch.empty_like(W)
-    # Columns are rows here: each is contiguous.
-    W, steps, offsets, values = W.T.contiguous(), steps.T.contiguous(), offsets.T.contiguous(), values.T.contiguous()
-    q_min, q_max = integer_range(args)
+    order = H.diagonal().argsort(descending=True, stable=True) if _by_activation(args) else None
+    columns = torch.arange(len(H), device=H.device) if order is None else order
+    factor, used = inverse_factor(H if order is None else H[order][:, order], dampening)
+    # Columns are rows here: each is contiguous. Where all rows share a range, it is a column of one.
+    W = weight.T[columns].float()
+    if W.data_ptr() == weight.data_ptr():
+        W = W.clone()
+    groups = columns // args.group_size if args.strategy == QuantizationStrategy.GROUP else columns * 0
+    solver = _Columns(
+        W,
+        factor,
+        scale.float().reshape(-1, scale.shape[-1]).T.contiguous(),
+        zero_point.float().reshape(-1, scale.shape[-1]).T.contiguous(),
+        groups.tolist(),
+        args,
+    )
     for start in range(0, len(W), block_size):
         stop = min(start + block_size, len(W))
-        part, local = W[start:stop], factor[start:stop, start:stop]
-        errors = torch.empty_like(part)
-        for j in range(stop - start):
-            s, z = steps[start + j], offsets[start + j]
-            q = torch.div(part[j], s).add_(z).clamp_(q_min, q_max).round_()
-            values[start + j] = q
-            error = q.sub_(z).mul_(s).sub_(part[j]).neg_().div_(local[j, j])
-            errors[j] = error
-            if j + 1 < stop - start:
-                part[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
-        W[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    integers = torch.empty_like(values, dtype=torch.int8)
-    integers[columns] = values.to(torch.int8)
+        solver.solve(start, stop)
+        solver.pass_on(start, stop, len(W))
+    integers = torch.empty_like(W, dtype=torch.int8)
+    integers[columns] = solver.values.to(torch.int8)
     return GPTQ(QuantizedWeight(integers.T.contiguous(), scale, zero_point, args), used)
+
+
+class _Columns:
+    """The columns while they are solved, as rows: ``left`` holds what is left to be rounded, then the errors."""
+
+    def __init__(
+        self, left: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, groups: list[int], args: QuantizationArgs
+    ) -> None:
+        self.left, self.factor, self.scale, self.zero_point, self.groups = left, factor, scale, zero_point, groups
+        self.symmetric = args.symmetric
+        self.limits = integer_range(args)
+        self.values = torch.empty_like(left)
+        self.diagonal = factor.diagonal().tolist()
+
+    def solve(self, start: int, stop: int) -> None:
+        if stop - start > LEAF:
+            middle = (start + stop) // 2
+            self.solve(start, middle)
+            self.pass_on(start, middle, stop)
+            self.solve(middle, stop)
+            return
+        for j in range(start, stop):
+            self._round(j)
+            if j + 1 < stop:
+                self.left[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], self.left[j], alpha=-1)
+
+    def pass_on(self, start: int, middle: int, stop: int) -> None:
+        """Take the errors of the columns up to ``middle`` from those behind it."""
+        if middle < stop:
+            self.left[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.left[start:middle], alpha=-1)
+
+    def _round(self, j: int) -> None:
+        """Round column j, and put its error over ``U[j, j]`` in its place."""
+        scale, q = self.scale[self.groups[j]], self.values[j]
+        torch.div(self.left[j], scale, out=q)
+        if self.symmetric:
+            q.clamp_(*self.limits).round_()
+            self.left[j].addcmul_(q, scale, value=-1).div_(self.diagonal[j])
+        else:
+            zero_point = self.zero_point[self.groups[j]]
+            q.add_(zero_point).clamp_(*self.limits).round_()
+            self.left[j].addcmul_(q - zero_point, scale, value=-1).div_(self.diagonal[j])
 
 
 def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
@@ -110,10 +150,12 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
     while True:
         diagonal += used * mean - added
         added = used * mean
-        lower, failed = torch.linalg.cholesky_ex(H)
+        # With P the reversal of order and P H P = L L^T, the factor is P L^-1 P: one factorization, no inverse of H.
+        lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
         if not failed and lower.isfinite().all():
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and factor.isfinite().all():
+            identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if factor.isfinite().all():
                 return factor, used
         if not math.isfinite(added):
             return torch.eye(len(H), dtype=H.dtype, device=H.device), used
@@ -122,10 +164,3 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
 
 def _by_activation(args: QuantizationArgs) -> bool:
     return args.actorder in (ActivationOrdering.WEIGHT, ActivationOrdering.STATIC)
-
-
-def _of_columns(parameters: Tensor, columns: Tensor, args: QuantizationArgs) -> Tensor:
-    """Scale or zero point of each column: (out, in), or (1, in) where all rows share it."""
-    if args.strategy == QuantizationStrategy.GROUP:
-        return parameters[:, columns // args.group_size]
-    return parameters.reshape(-1, 1).expand(-1, len(columns))
