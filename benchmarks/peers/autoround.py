@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from task import arguments, figures, start  # noqa: E402
+from task import arguments, figures, start
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from task import arguments, figures, start  # noqa: E402
+from task import arguments, figures, start
 
 
 def main() -> None:
