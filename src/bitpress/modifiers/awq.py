@@ -10,6 +10,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
+from bitpress.modifiers.observers import states_observer
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.smoothing import apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
@@ -34,7 +35,8 @@ class AWQModifier(QuantizationModifier):
             registered for the model's family, those are used.
         duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
         n_grid: exponents tried per mapping.
-        clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value.
+        clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value. A
+            scheme that states an observer has its ranges from there.
     """
 
     bits: int | None = Field(default=None, ge=2, le=8)
@@ -89,7 +91,10 @@ class AWQModifier(QuantizationModifier):
         """Gram matrix and mean magnitude for the balance layers; the Gram matrix for all whose ranges are searched."""
         if name in self._balanced:
             return Statistic.GRAM | Statistic.MEAN_MAGNITUDE
-        return Statistic.GRAM if self.clip and name in state.schemes else Statistic.NONE
+        if name not in state.schemes:
+            return Statistic.NONE
+        clips = self.clip and not states_observer(state.schemes[name].weights)
+        return Statistic.GRAM if clips else super().required_statistics(state, name)
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
@@ -106,9 +111,9 @@ class AWQModifier(QuantizationModifier):
     def _choose_ranges(self, state: State, block: Block) -> None:
         for name, layer in block.layers.items():
             statistics = state.statistics.get(name)
-            if statistics is not None and self._considers(name, layer, block):
+            args = state.schemes[name].weights
+            if statistics is not None and not states_observer(args) and self._considers(name, layer, block):
                 matrix = weight_matrix(layer)
-                args = state.schemes[name].weights
                 state.ranges[name] = search_parameters(matrix, args, statistics.gram, matrix.dtype)
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
