@@ -55,15 +55,14 @@ def search_parameters(
         Scale and zero point as :func:`minmax_parameters` gives them.
     """
     weight = weight.float()
-    shared = args.strategy == QuantizationStrategy.TENSOR
     size = args.group_size if args.strategy == QuantizationStrategy.GROUP else weight.shape[1]
-    measure = None if gram is None else _blocks(gram, size)
+    measure = _blocks(weight.new_ones(weight.shape[1]) if gram is None else gram, size)
     parts = weight.split(max(1, SEARCH_CHUNK // weight.shape[1]))
-    if shared:
+    if args.strategy == QuantizationStrategy.TENSOR:
         minimum, maximum = (x.unsqueeze(0) for x in weight_ranges(weight, args))
-        costs = sum(torch.stack(list(_costs(rows, args, measure, minimum, maximum, dtype, shrinks))).sum((1, 2))
-                    for rows in parts)  # fmt: skip
-        shrink = shrinks[int(torch.as_tensor(costs).argmin())]
+        costs = [torch.stack([cost.sum() for cost in _costs(rows, args, measure, minimum, maximum, dtype, shrinks)])
+                 for rows in parts]  # fmt: skip
+        shrink = shrinks[int(torch.stack(costs).sum(0).argmin())]
         return affine_parameters(minimum[0] * shrink, maximum[0] * shrink, args, dtype)
     found = [_search_rows(rows, args, measure, dtype, shrinks) for rows in parts]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
@@ -77,7 +76,7 @@ def _blocks(gram: Tensor, size: int) -> Tensor:
 
 
 def _search_rows(
-    rows: Tensor, args: QuantizationArgs, measure: Tensor | None, dtype: torch.dtype, shrinks: Sequence[float]
+    rows: Tensor, args: QuantizationArgs, measure: Tensor, dtype: torch.dtype, shrinks: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """The search on a few rows; ``measure`` as :func:`_blocks` gives it."""
     minimum, maximum = (x.T.contiguous() for x in weight_ranges(rows, args))
@@ -93,7 +92,7 @@ def _search_rows(
 def _costs(
     rows: Tensor,
     args: QuantizationArgs,
-    measure: Tensor | None,
+    measure: Tensor,
     minimum: Tensor,
     maximum: Tensor,
     dtype: torch.dtype,
@@ -105,9 +104,7 @@ def _costs(
     for shrink in shrinks:
         s, z = affine_floats(minimum * shrink, maximum * shrink, args, dtype)
         off_grid(view, s.unsqueeze(-1), z.unsqueeze(-1), args, out=error, scratch=scratch)
-        if measure is None:
-            cost = torch.linalg.vecdot(error, error)
-        elif measure.shape[-1] == 1:
+        if measure.shape[-1] == 1:
             cost = torch.bmm(error.square_(), measure).squeeze(-1)
         else:
             cost = torch.bmm(error, measure, out=product).mul_(error).sum(-1)
