@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.utils import is_match
 from pydantic import Field, PrivateAttr, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
@@ -15,7 +15,7 @@ from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.smoothing import Mappings, apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
 from bitpress.solvers import search_strength, smoothing_scales
-from bitpress.statistics import Statistic
+from bitpress.statistics import InputStatistics, Statistic
 
 
 class SmoothQuantModifier(Modifier):
@@ -84,29 +84,34 @@ class SmoothQuantModifier(Modifier):
             layers, inputs = measured(state, mapping)
             if not layers:
                 continue
-            # Experts that have seen other tokens than their neighbours: the input's statistics are those of all.
-            greatest = torch.stack([statistics.max_magnitude for statistics in inputs]).amax(0)
-            figures: dict[str, Any] = {"strength": self.smoothing_strength}
-            if self.smoothing_strength == "search":
-                found = search_strength(
-                    balance_weights(state, layers),
-                    inputs[0].gram if len(inputs) == 1 else torch.stack([s.gram for s in inputs]).sum(0),
-                    greatest,
-                    sum(statistics.rows for statistics in inputs),
-                    activations=[state.schemes[name].input_activations for name in layers],
-                    channel_map=mapping.channel_map,
-                )
-                scales = found.scales
-                figures = {"strength": found.strength, "error_before": found.error_before, "error": found.error}
-            else:
-                weights = [weight_matrix(layer) for layer in layers.values()]
-                scales = smoothing_scales(weights, greatest, self.smoothing_strength, mapping.channel_map)
+            scales, figures = self._solve(state, mapping, layers, inputs)
             apply(state, mapping, scales)
             record(state, mapping, **figures)
 
     def on_finalize(self, state: State) -> None:
         """Let go of the model's layers: the modifier may serve another model."""
         self._resolved = {}
+
+    def _solve(
+        self, state: State, mapping: ResolvedMapping, layers: dict[str, nn.Module], inputs: list[InputStatistics]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The scales, and the figures for the report."""
+        # Experts have seen other tokens than their neighbours, but share the scales: what all have seen counts.
+        greatest = torch.stack([statistics.max_magnitude for statistics in inputs]).amax(0)
+        if self.smoothing_strength != "search":
+            weights = [weight_matrix(layer) for layer in layers.values()]
+            scales = smoothing_scales(weights, greatest, self.smoothing_strength, mapping.channel_map)
+            return scales, {"strength": self.smoothing_strength}
+        found = search_strength(
+            balance_weights(state, layers),
+            inputs[0].gram if len(inputs) == 1 else torch.stack([s.gram for s in inputs]).sum(0),
+            greatest,
+            sum(statistics.rows for statistics in inputs),
+            activations=[state.schemes[name].input_activations for name in layers],
+            channel_map=mapping.channel_map,
+        )
+        figures = {"strength": found.strength, "error_before": found.error_before, "error": found.error}
+        return found.scales, figures
 
     def _smooths(self, mapping: ResolvedMapping) -> bool:
         if is_match(mapping.smooth_name, mapping.smooth, self.ignore):

@@ -66,7 +66,7 @@ def smoothing_scales(
     """
     if channel_map is None:
         channel_map = torch.arange(len(max_magnitude), device=max_magnitude.device)
-    feeding, channel = channel_map.unique(return_inverse=True)
+    feeding, channel = channel_map.to(max_magnitude.device).unique(return_inverse=True)
     of_weights = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
     x, w = (_floored(_greatest(m, channel, len(feeding))) for m in (max_magnitude, of_weights))
     logs = strength * x.log() - (1 - strength) * w.log()
@@ -102,12 +102,8 @@ def search_strength(
     kinds = [None] * len(layers) if activations is None else activations
     weights = [layer.weight.float() for layer in layers]
     found = [smoothing_scales(weights, max_magnitude, strength, channel_map) for strength in strengths]
-    at_inputs = torch.stack(
-        [
-            torch.ones_like(max_magnitude),
-            *(s if channel_map is None else s[channel_map] for s in found),
-        ]
-    )
+    untouched = torch.ones_like(max_magnitude)
+    at_inputs = torch.stack([untouched, *(s if channel_map is None else s[channel_map] for s in found)])
     variance = gram.diagonal() / max(1, rows)
     errors = torch.zeros(len(at_inputs), dtype=torch.float64)
     for layer, weight, args in zip(layers, weights, kinds, strict=True):
