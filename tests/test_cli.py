@@ -60,12 +60,13 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *options(folder, tmp_path / "out", recipe="w8a16", dataset="data"),
         *["--text-column", "prose", "--splits", "train[:3]", "--batch-size", "2", "--concatenate-data", "--seed", "7"],
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
-        "--no-moe-calibrate-all-experts",
+        *["--no-moe-calibrate-all-experts", "--arg", "group_size=64", "--arg", "ignore=[lm_head, 're:a=b']"],
     )
     assert result.exit_code == 0, result.output
     assert given == {
         "args": ("a-model", "data", "w8a16"),
         "output_dir": tmp_path / "out",
+        "recipe_args": {"group_size": 64, "ignore": ["lm_head", "re:a=b"]},
         "text_column": "prose",
         "splits": "train[:3]",
         "num_calibration_samples": 6,
@@ -96,6 +97,9 @@ ERRORS = {
     "no dataset": ({"dataset": None}, "needs calibration data"),
     "dataset file": ({"dataset": "no.txt"}, "no.txt"),
     "pipeline": ({"pipeline": "sequental"}, "did you mean 'sequential'"),
+    "argument": ({"recipe": "w4a16-fast", "arg": "groupsize=32"}, "did you mean 'group_size'"),
+    "argument without a value": ({"recipe": "w4a16-fast", "arg": "bits"}, "write --arg bits=VALUE"),
+    "argument that is no YAML": ({"recipe": "w4a16-fast", "arg": "ignore=[a"}, "is not YAML"),
     "short": ({"max-seq-length": 500}, "concatenate_data=True"),
 }
 
@@ -130,9 +134,20 @@ def test_an_output_directory_that_holds_a_model(folder, tmp_path):
 def test_the_recipes_are_listed():
     result = run("recipes")
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     assert all(len(line.split()) > 5 for line in lines)
+    assert '--arg bits=4 group_size=128 symmetric=false ignore=["lm_head"]' in result.stdout
+
+
+def test_arguments_of_a_recipe(folder, tmp_path):
+    out = tmp_path / "out"
+    stated = ["--arg", "group_size=32", "--arg", "symmetric=true"]
+    result = run("oneshot", folder / "model", *options(folder, out, recipe="w4a16-fast"), *stated)
+    assert result.exit_code == 0, result.output
+    saved = Recipe.of(out / "recipe.yaml").modifiers[1].config_groups["group_0"].weights
+    assert (saved.group_size, saved.symmetric, saved.num_bits) == (32, True, 4)
+    assert AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight_scale.shape[1] == 2
 
 
 def test_help():

@@ -3,7 +3,15 @@
 from bitpress.checkpoints import load, save
 from bitpress.errors import BitpressError
 from bitpress.mappings import find_mappings
-from bitpress.modifiers import AWQMapping, AWQModifier, GPTQModifier, Modifier, QuantizationModifier, register_mappings
+from bitpress.modifiers import (
+    AWQMapping,
+    AWQModifier,
+    GPTQModifier,
+    Modifier,
+    QuantizationModifier,
+    SmoothQuantModifier,
+    register_mappings,
+)
 from bitpress.oneshot import oneshot
 from bitpress.session import Recipe
 
@@ -15,6 +23,7 @@ __all__ = [
     "Modifier",
     "QuantizationModifier",
     "Recipe",
+    "SmoothQuantModifier",
     "find_mappings",
     "load",
     "oneshot",

@@ -18,6 +18,7 @@ def oneshot(  # noqa: PLR0913, PLR0917
     model: Annotated[str, typer.Argument(help="Path or hub id of a transformers model.")],
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
+    arg: Annotated[list[str] | None, typer.Option(help="An argument of the recipe: NAME=VALUE. Repeatable.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration data: a .txt, .jsonl, .parquet, or hub name.")
     ] = None,
@@ -38,12 +39,13 @@ def oneshot(  # noqa: PLR0913, PLR0917
 ) -> None:
     """Compress MODEL by a recipe into a checkpoint."""
     import bitpress as package
+    from bitpress.session.arguments import parse_assignments
 
     arguments: dict[str, Any] = dict(locals())
-    for name in ("package", "model", "dataset", "recipe"):
+    for name in ("package", "parse_assignments", "model", "dataset", "recipe", "arg"):
         arguments.pop(name)
     try:
-        package.oneshot(model, dataset, recipe, **arguments)
+        package.oneshot(model, dataset, recipe, recipe_args=parse_assignments(arg or []), **arguments)
     except package.BitpressError as error:
         typer.echo(f"bitpress: {error}", err=True)
         raise typer.Exit(2) from error
@@ -93,9 +95,15 @@ def mappings(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that are shipped."""
-    from bitpress.session.recipe import shipped_recipes
+    """List the recipes that are shipped, with the arguments they take."""
+    import json
+
+    from bitpress.session.recipe import arguments_of, shipped_recipes
 
     for name, file in shipped_recipes().items():
-        about = next((line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#")), "")
+        lines = file.read_text(encoding="utf-8").splitlines()
+        about = next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
         typer.echo(f"{name:24} {about}")
+        arguments = [f"{key}={json.dumps(value)}" for key, value in arguments_of(file).items()]
+        if arguments:
+            typer.echo(f"{'':24} --arg {' '.join(arguments)}")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,7 @@ def oneshot(  # noqa: PLR0913
     dataset: Any = None,
     recipe: RecipeLike | None = None,
     *,
+    recipe_args: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     num_calibration_samples: int = 512,
@@ -58,6 +59,7 @@ def oneshot(  # noqa: PLR0913
             hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
             takes. Not needed by recipes without statistics.
         recipe: modifiers in order, a YAML file or text, or the name of a shipped recipe.
+        recipe_args: values for the arguments of a YAML recipe: ``{"group_size": 64}``.
         tokenizer: for text, or its path; taken from ``model`` where that is a path. Saved beside the model.
         processor: of a multimodal model, or its path; its tokenizer is used for text. Saved beside the model.
         num_calibration_samples: sequences (rows) that are used at most.
@@ -88,7 +90,7 @@ def oneshot(  # noqa: PLR0913
     """
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
-    steps = Recipe.of(recipe)
+    steps = Recipe.of(recipe, recipe_args)
     if output_dir is not None:
         check_destination(output_dir, overwrite=overwrite)
     if not isinstance(model, nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bitpress import AWQModifier, oneshot
 from bitpress.models.experts import fused_experts, named_layers
-from bitpress.modifiers import State
+from bitpress.modifiers import State, smoothing
 from bitpress.modifiers.resolving import resolve_mappings
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.session import Session
@@ -421,7 +421,7 @@ def test_random_scales_through_the_mappings_leave_the_logits(family, seed):
         for mapping in found:
             channels = int(mapping.channel_map.max()) + 1
             scales = torch.empty(channels).log_normal_(0, 0.7, generator=generator)
-            AWQModifier(bits=4)._apply(state, mapping, scales)
+            smoothing.apply(state, mapping, scales)
             through += any(".experts." in name or "_linear." in name for name in mapping.balance)
     assert through
     after = tiny.logits(model)

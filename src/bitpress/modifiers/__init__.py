@@ -5,6 +5,7 @@ from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.gptq import GPTQModifier
 from bitpress.modifiers.mappings import AWQMapping, exclude_mapping, register_mappings
 from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.smoothquant import SmoothQuantModifier
 from bitpress.modifiers.state import State
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GPTQModifier",
     "Modifier",
     "QuantizationModifier",
+    "SmoothQuantModifier",
     "State",
     "exclude_mapping",
     "register_mappings",

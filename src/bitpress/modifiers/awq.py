@@ -1,26 +1,22 @@
 """AWQModifier: scale the channels that activations make important, so that quantization hurts them less."""
 
-import logging
 from typing import Any, Literal
 
-import torch
 from compressed_tensors.utils import is_match
 from pydantic import Field, PrivateAttr, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
-from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
+from bitpress.modifiers.observers import states_observer
 from bitpress.modifiers.quantization import QuantizationModifier
-from bitpress.modifiers.resolving import resolve_mappings
+from bitpress.modifiers.smoothing import apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
-from bitpress.solvers import BalanceWeight, search_parameters, search_scales
+from bitpress.solvers import search_parameters, search_scales
 from bitpress.statistics import Statistic, pooled
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP_SIZE = 128
 
@@ -39,7 +35,8 @@ class AWQModifier(QuantizationModifier):
             registered for the model's family, those are used.
         duo_scaling: let the weight's magnitude have its share in the candidates; "both" tries with and without.
         n_grid: exponents tried per mapping.
-        clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value.
+        clip: search each group's range too, as the paper does; False leaves it from the least to the greatest value. A
+            scheme that states an observer has its ranges from there.
     """
 
     bits: int | None = Field(default=None, ge=2, le=8)
@@ -56,10 +53,7 @@ class AWQModifier(QuantizationModifier):
     @field_validator("mappings", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        """A mapping may also be written as a pair, as in YAML."""
-        if not isinstance(value, list):
-            return value
-        return [AWQMapping(item[0], item[1]) if isinstance(item, (list, tuple)) else item for item in value]
+        return as_mappings(value)
 
     @property
     def states_scheme(self) -> bool:
@@ -90,24 +84,17 @@ class AWQModifier(QuantizationModifier):
         """Find the mappings of every block, and prove them."""
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
-        if not any(block.calls for block in state.blocks):
-            raise BitpressError("AWQModifier needs calibration data, but no dataset was given: give oneshot one.")
-        resolution = resolve_mappings(state.model, state.blocks, self._considers, self.mappings, state.seed)
-        self._resolved = resolution.mappings
-        state.unmapped = {n: left.why for found in resolution.left.values() for left in found for n in left.layers}
-        if not any(self._resolved.values()):
-            raise BitpressError(
-                f"no mapping fits {type(state.model).__name__}: state mappings=[AWQMapping(smooth, [balance, ...])], "
-                "or use QuantizationModifier alone."
-            )
-
+        self._resolved = find_proven(state, self._considers, self.mappings, "AWQModifier")
         self._balanced = {n for found in self._resolved.values() for mapping in found for n in mapping.balance}
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """Gram matrix and mean magnitude for the balance layers; the Gram matrix for all whose ranges are searched."""
         if name in self._balanced:
             return Statistic.GRAM | Statistic.MEAN_MAGNITUDE
-        return Statistic.GRAM if self.clip and name in state.schemes else Statistic.NONE
+        if name not in state.schemes:
+            return Statistic.NONE
+        clips = self.clip and not states_observer(state.schemes[name].weights)
+        return Statistic.GRAM if clips else super().required_statistics(state, name)
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
@@ -124,61 +111,27 @@ class AWQModifier(QuantizationModifier):
     def _choose_ranges(self, state: State, block: Block) -> None:
         for name, layer in block.layers.items():
             statistics = state.statistics.get(name)
-            if statistics is not None and self._considers(name, layer, block):
+            args = state.schemes[name].weights
+            if statistics is not None and not states_observer(args) and self._considers(name, layer, block):
                 matrix = weight_matrix(layer)
-                args = state.schemes[name].weights
                 state.ranges[name] = search_parameters(matrix, args, statistics.gram, matrix.dtype)
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
-        targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}
-        measured = {id(s): s for s in (state.statistics.get(n) for n in targeted) if s is not None}
-        if not measured or mapping.channel_map is None:
-            logger.warning(
-                "%s is left alone: %s did not run in %s.",
-                mapping.mapping,
-                ", ".join(mapping.balance),
-                "calibration" if not measured else "the dry run, so that nothing proves the mapping",
-            )
+        layers, inputs = measured(state, mapping)
+        if not layers:
             return
         # Experts that have seen other tokens than their neighbours: the input's statistics are those of all.
-        statistics = pooled(list(measured.values()))
+        statistics = pooled(inputs)
         found = search_scales(
-            [
-                BalanceWeight(weight_matrix(m), state.schemes[n].weights, weight_matrix(m).dtype)
-                for n, m in targeted.items()
-            ],
+            balance_weights(state, layers),
             statistics.gram,
             statistics.mean_magnitude,
             channel_map=mapping.channel_map,
             n_grid=self.n_grid,
             duo_scaling=self.duo_scaling,
         )
-        self._apply(state, mapping, found.scales)
-        state.mapping_records.append({
-            "smooth_layer": mapping.smooth_name,
-            "balance_layers": list(mapping.balance),
-            "source": mapping.source,
-            "proof": mapping.difference,
-            "ratio": found.ratio,
-            "duo": found.duo,
-            "error_before": found.error_before,
-            "error": found.error,
-        })  # fmt: skip
-
-    def _apply(self, state: State, mapping: ResolvedMapping, scales: Tensor) -> None:
-        """Move the scales over, and let the statistics follow."""
-        assert mapping.channel_map is not None, "proven before it is applied"  # noqa: S101
-        channel_map = mapping.channel_map.to(scales.device)
-        at_inputs = scales[channel_map]
-        # Channels that feed no balance layer (q and k of a fused projection) stay as they are.
-        at_outputs = torch.ones(out_channels(mapping.smooth) or 0, device=scales.device)
-        at_outputs[channel_map] = at_inputs if mapping.power == 1 else at_inputs.pow(1 / mapping.power)
-        divide_outputs(mapping.smooth, at_outputs)
-        for layer in mapping.balance.values():
-            multiply_inputs(layer, at_inputs)
-        shared = {id(s): s for s in (state.statistics.get(n) for n in mapping.balance) if s is not None}
-        for statistics in shared.values():
-            statistics.rescale(at_inputs)
+        apply(state, mapping, found.scales)
+        record(state, mapping, ratio=found.ratio, duo=found.duo, error_before=found.error_before, error=found.error)
 
     def _considers(self, name: str, layer: nn.Module, block: Block) -> bool:
         stated = self.states_scheme or not {"targets", "ignore"} & self.model_fields_set

@@ -14,6 +14,7 @@ from bitpress.models.experts import find_layer, fused_experts, named_layers, rou
 from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.models.smoothing import is_convolution
 from bitpress.modifiers.base import Modifier, nearest
+from bitpress.modifiers.observers import check_observer, observed_ranges, states_observer, statistics_of_observer
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
     QuantizationArgs,
@@ -44,6 +45,11 @@ class QuantizationModifier(Modifier):
         ignore: the same, for layers that are left alone.
         scheme: a preset's name ("W4A16"), a QuantizationScheme, or a dictionary of preset names and their targets.
         config_groups: schemes by any name, each with its targets.
+
+    How a weight's ranges are chosen is its scheme's ``observer``: "minmax" (from the least to the greatest value, the
+    default), "mse" (shrunk, for the least squared error of the weight), "imatrix_mse" (the same, each column weighed by
+    the mean square of its input), "gram" (for the least squared error of the output, as far as one group goes). The
+    last two need data. Ranges that an AWQModifier has chosen stay where no observer is stated.
     """
 
     targets: list[str] = Field(default_factory=lambda: ["Linear", "Conv1D"])
@@ -109,6 +115,11 @@ class QuantizationModifier(Modifier):
         _check_shapes(model, schemes)
         return schemes
 
+    def required_statistics(self, state: State, name: str) -> Statistic:
+        """What the observers of the layers that this modifier quantizes need."""
+        mine = state.owners.get(name) is self
+        return statistics_of_observer(state.schemes[name].weights) if mine else Statistic.NONE
+
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
         for name, module in block.layers.items():
@@ -124,7 +135,7 @@ class QuantizationModifier(Modifier):
     ) -> QuantizedWeight:
         """The quantized form of ``weight`` (out, in); a modifier with another solver overrides this.
 
-        ``ranges`` are the scale and zero point that an earlier modifier chose for it, if one did.
+        ``ranges`` are the scale and zero point that its observer or an earlier modifier chose, if one did.
         """
         return round_to_nearest(weight, args, weight.dtype, ranges)
 
@@ -132,7 +143,9 @@ class QuantizationModifier(Modifier):
         matrix = weight_matrix(module)
         check_finite(matrix, name)
         statistics = state.statistics.get(name)
-        quantized = self.solve(matrix, state.schemes[name].weights, statistics, state.ranges.get(name))
+        args = state.schemes[name].weights
+        ranges = observed_ranges(matrix, args, statistics) or state.ranges.get(name)
+        quantized = self.solve(matrix, args, statistics, ranges)
         values = quantized.dequantize()
         state.layer_records.setdefault(name, {}).update(_figures(matrix, values, quantized, statistics))
         matrix.copy_(values)
@@ -191,7 +204,9 @@ def resolve_all(
 
 def _describe(args: QuantizationArgs) -> str:
     group = f", groups of {args.group_size}" if args.group_size else ""
-    return f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}{group}"
+    observer = f", observer {args.observer}" if states_observer(args) else ""
+    grid = f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}"
+    return f"{grid}, per {args.strategy}{group}{observer}"
 
 
 def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
@@ -202,6 +217,7 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
             raise BitpressError(f"config group {label!r}: {kind} is not supported yet; use a weight-only scheme.")
     try:
         check_supported(scheme.weights)
+        check_observer(scheme.weights)
     except BitpressError as error:
         raise BitpressError(f"config group {label!r}: {error}") from error
 

@@ -3,16 +3,21 @@
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
 from bitpress.solvers.gptq import GPTQ, gptq
 from bitpress.solvers.objective import output_error
-from bitpress.solvers.ranges import check_finite, round_to_nearest, search_parameters
+from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
+from bitpress.solvers.smoothquant import SmoothQuant, search_strength, smoothing_scales
 
 __all__ = [
     "AWQ",
     "GPTQ",
     "BalanceWeight",
+    "SmoothQuant",
     "check_finite",
     "gptq",
+    "minmax_parameters",
     "output_error",
     "round_to_nearest",
     "search_parameters",
     "search_scales",
+    "search_strength",
+    "smoothing_scales",
 ]

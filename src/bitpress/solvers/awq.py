@@ -150,7 +150,7 @@ def _race(
 ) -> tuple[int, dict[int, float]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
     rows = [
-        _row_errors(layer, weight, slice(None), gram, scales[:1])[0]
+        row_errors(layer, weight, slice(None), gram, scales[:1])[0]
         for layer, weight in zip(layers, weights, strict=True)
     ]
     untouched = sum(float(r.double().sum()) for r in rows)
@@ -165,7 +165,7 @@ def _race(
             continue  # few rows: no more is known than after the round before
         for layer, weight in zip(layers, weights, strict=True):
             of_round = slice(weight.shape[0] * seen // parts, weight.shape[0] * until // parts)
-            found = _row_errors(layer, weight, of_round, gram, scales[alive])
+            found = row_errors(layer, weight, of_round, gram, scales[alive])
             errors[alive] += found.double().sum(1).cpu()
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
@@ -183,7 +183,7 @@ def _order(layer: BalanceWeight, errors: Tensor) -> Tensor:
     return torch.cat([rows[i::PARTS] for i in range(PARTS)])
 
 
-def _row_errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
+def row_errors(layer: BalanceWeight, weight: Tensor, rows: slice | Tensor, gram: Tensor, scales: Tensor) -> Tensor:
     """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows)."""
     errors = weight.new_empty(len(scales), len(weight[rows]))
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
