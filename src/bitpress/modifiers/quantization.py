@@ -23,6 +23,7 @@ from bitpress.quantization import (
     check_supported,
     is_preset_scheme,
     preset_name_to_scheme,
+    stored_format,
 )
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
@@ -202,6 +203,7 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
             raise BitpressError(f"config group {label!r}: {kind} is not supported yet; use a weight-only scheme.")
     try:
         check_supported(scheme.weights)
+        stored_format(scheme)
     except BitpressError as error:
         raise BitpressError(f"config group {label!r}: {error}") from error
 

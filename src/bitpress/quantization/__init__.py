@@ -13,6 +13,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from bitpress.quantization.formats import stored_format
 from bitpress.quantization.grid import (
     affine_parameters,
     check_supported,
@@ -38,4 +39,5 @@ __all__ = [
     "is_preset_scheme",
     "preset_name_to_scheme",
     "quantize",
+    "stored_format",
 ]
