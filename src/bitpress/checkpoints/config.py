@@ -53,8 +53,8 @@ def quantization_config(
     formats = [stored_format(scheme) for scheme, _ in groups]
     config = QuantizationConfig(
         config_groups={
-            f"group_{i}": scheme.model_copy(update={"targets": names, "format": format})
-            for i, ((scheme, _), names, format) in enumerate(zip(groups, targets, formats, strict=True))
+            f"group_{i}": scheme.model_copy(update={"targets": names, "format": stored_as})
+            for i, ((scheme, _), names, stored_as) in enumerate(zip(groups, targets, formats, strict=True))
         },
         format=formats[0] if len(set(formats)) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
@@ -66,7 +66,8 @@ def quantization_config(
 
 def _same_but_for_targets(one: QuantizationScheme, other: QuantizationScheme) -> bool:
     """True for schemes that differ in nothing but their targets."""
-    return one.model_copy(update={"targets": []}) == other.model_copy(update={"targets": []})
+    same: bool = one.model_copy(update={"targets": []}) == other.model_copy(update={"targets": []})
+    return same
 
 
 def _with_patterns(names: list[str], patterns: list[str], of_experts: Collection[str]) -> list[str]:

@@ -75,7 +75,7 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
                 write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
             continue
         scheme = scheme_for(name, layer, by_target)
-        packed[name] = scheme, take_packed(weights, stored, scheme)
+        packed[name] = scheme, take_packed(weights, stored, scheme, model_config.dtype)
         dense = packed[name][1].unpack().dequantize()
         if isinstance(layer, ExpertLinear):
             write_expert(weights, name, layer, dense)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import is_match
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -14,17 +15,19 @@ from bitpress.models.experts import find_layer, fused_experts, named_layers, rou
 from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.models.smoothing import is_convolution
 from bitpress.modifiers.base import Modifier, nearest
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
     QuantizationArgs,
     QuantizationScheme,
-    QuantizationStrategy,
+    QuantizationType,
     QuantizedWeight,
     check_supported,
     is_preset_scheme,
     preset_name_to_scheme,
     stored_format,
 )
+from bitpress.quantization.grid import GROUPED
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
@@ -112,6 +115,7 @@ class QuantizationModifier(Modifier):
 
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
+        choose_global_scales(state, block)
         for name, module in block.layers.items():
             if state.owners.get(name) is self:
                 self._quantize(state, name, module)
@@ -122,18 +126,22 @@ class QuantizationModifier(Modifier):
         args: QuantizationArgs,
         statistics: InputStatistics | None,
         ranges: tuple[Tensor, Tensor] | None,
+        global_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """The quantized form of ``weight`` (out, in); a modifier with another solver overrides this.
 
-        ``ranges`` are the scale and zero point that an earlier modifier chose for it, if one did.
+        ``ranges`` are the scale and zero point that an earlier modifier chose for it, if one did, and ``global_scale``,
+        (1,), is what scales are relative to, where the scheme has one.
         """
-        return round_to_nearest(weight, args, weight.dtype, ranges)
+        return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
     def _quantize(self, state: State, name: str, module: nn.Module) -> None:
         matrix = weight_matrix(module)
         check_finite(matrix, name)
         statistics = state.statistics.get(name)
-        quantized = self.solve(matrix, state.schemes[name].weights, statistics, state.ranges.get(name))
+        quantized = self.solve(
+            matrix, state.schemes[name].weights, statistics, state.ranges.get(name), state.global_scales.get(name)
+        )
         values = quantized.dequantize()
         state.layer_records.setdefault(name, {}).update(_figures(matrix, values, quantized, statistics))
         matrix.copy_(values)
@@ -158,8 +166,7 @@ class QuantizationModifier(Modifier):
                 logger.warning("%s: ignore pattern %r matches nothing.", type(self).__name__, pattern)
 
 
-PRESETS = [name for name in ("W2A16", "W3A16", "W4A16", "W4A16_ASYM", "W5A16", "W6A16", "W7A16", "W8A16")
-           if is_preset_scheme(name)]  # fmt: skip
+PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 
 
 def resolve_all(
@@ -192,7 +199,8 @@ def resolve_all(
 
 def _describe(args: QuantizationArgs) -> str:
     group = f", groups of {args.group_size}" if args.group_size else ""
-    return f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}{group}"
+    kind = "" if args.type == QuantizationType.INT else " (float)"
+    return f"{args.num_bits} bits{kind}, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}{group}"
 
 
 def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
@@ -217,7 +225,7 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
         if dtype not in STORED_DTYPES:
             raise BitpressError(f"{name}.weight is {dtype}: load the model in float32, float16 or bfloat16.")
         args = scheme.weights
-        if args.strategy == QuantizationStrategy.GROUP and in_features(layer) % args.group_size:
+        if args.strategy in GROUPED and in_features(layer) % args.group_size:
             problems.setdefault((args.group_size, in_features(layer)), []).append(name)
     if not problems:
         return
