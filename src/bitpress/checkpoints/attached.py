@@ -1,7 +1,7 @@
 """What a quantized layer carries: its scheme, scale and zero point. Its weight holds the grid's values.
 
-The integers are not kept: a weight on its grid gives them back exactly, and a weight that has been changed since does
-not pass for quantized.
+The grid's points are not kept: a weight on its grid gives them back exactly, and a weight that has been changed since
+does not pass for quantized.
 """
 
 import torch
@@ -23,6 +23,8 @@ def attach(module: nn.Module, scheme: QuantizationScheme, weight: PackedWeight) 
     module.weight.requires_grad_(False)
     module.register_buffer("weight_scale", weight.scale.to(device), persistent=False)
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
+    if weight.global_scale is not None:
+        module.register_buffer("weight_global_scale", weight.global_scale.to(device), persistent=False)
 
 
 def scheme_of(module: nn.Module) -> QuantizationScheme:
@@ -45,7 +47,7 @@ def is_quantized(model: nn.Module) -> str | None:
     if method is not None:
         return "its config has a quantization_config"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("weight_packed", "qweight")) or (name.endswith("weight") and not tensor.is_floating_point()):
+        if name.endswith(("weight_packed", "qweight")) or (name.endswith("weight") and tensor.element_size() == 1):
             return f"{name} is a packed weight"
     return None
 
@@ -60,7 +62,8 @@ def packed_weight(name: str, module: nn.Module) -> PackedWeight:
     matrix = weight_matrix(module)
     scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
     zero_point: torch.Tensor = module.weight_zero_point  # type: ignore[assignment]
-    quantized = QuantizedWeight.on_grid(matrix, scale, zero_point, scheme.weights)
+    global_scale: torch.Tensor | None = getattr(module, "weight_global_scale", None)
+    quantized = QuantizedWeight.on_grid(matrix, scale, zero_point, scheme.weights, global_scale)
     if scale.dtype != matrix.dtype or not torch.equal(quantized.dequantize(), matrix):
         raise BitpressError(
             f"{name}.weight is not what oneshot left there (trained, cast or replaced since). Save the model before "

@@ -15,7 +15,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear
 from bitpress.quantization import PackedWeight, QuantizationScheme
 
-KINDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -51,14 +51,22 @@ def scheme_for(name: str, module: nn.Module, by_target: Mapping[str, Quantizatio
     """
     matched = match_targets(name, module, by_target)
     if not matched:
-        raise BitpressError(f"{name} is packed, but no config group of {CONFIG_FILE} targets it.")
+        raise BitpressError(f"{name} is quantized, but no config group of {CONFIG_FILE} targets it.")
     return by_target[matched[0]]
 
 
-def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme) -> PackedWeight:
-    """The packed weight of the layer that is stored as ``name``; its tensors are taken out of ``stored``."""
+def is_stored_quantized(stored: Mapping[str, Tensor], name: str) -> bool:
+    """True if the layer that is stored as ``name`` is quantized: then its weight has scales, in every format."""
+    return f"{name}.weight_scale" in stored
+
+
+def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme, dtype: torch.dtype) -> PackedWeight:
+    """The packed weight of the layer that is stored as ``name``; its tensors are taken out of ``stored``.
+
+    ``dtype`` is what the layer's weight had, for scales that are stored in one of their own.
+    """
     tensors = {kind: stored.pop(f"{name}.{kind}") for kind in KINDS if f"{name}.{kind}" in stored}
-    return PackedWeight.from_tensors(tensors, scheme.weights)
+    return PackedWeight.from_tensors(tensors, scheme.weights, dtype)
 
 
 def write_expert(dense: dict[str, Tensor], name: str, layer: ExpertLinear, weight: Tensor) -> None:

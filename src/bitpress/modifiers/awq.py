@@ -9,6 +9,7 @@ from torch import nn
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.observers import states_observer
 from bitpress.modifiers.quantization import QuantizationModifier
@@ -109,12 +110,15 @@ class AWQModifier(QuantizationModifier):
         self._resolved = {}
 
     def _choose_ranges(self, state: State, block: Block) -> None:
+        choose_global_scales(state, block)
         for name, layer in block.layers.items():
             statistics = state.statistics.get(name)
             args = state.schemes[name].weights
             if statistics is not None and not states_observer(args) and self._considers(name, layer, block):
                 matrix = weight_matrix(layer)
-                state.ranges[name] = search_parameters(matrix, args, statistics.gram, matrix.dtype)
+                state.ranges[name] = search_parameters(
+                    matrix, args, statistics.gram, matrix.dtype, state.global_scales.get(name)
+                )
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
         layers, inputs = measured(state, mapping)

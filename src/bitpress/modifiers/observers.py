@@ -13,24 +13,24 @@ from bitpress.statistics import InputStatistics, Statistic
 Ranges = tuple[Tensor, Tensor]
 
 
-def _minmax(weight: Tensor, args: QuantizationArgs, _: Tensor | None) -> Ranges:
-    return minmax_parameters(weight.float(), args, weight.dtype)
+def _minmax(weight: Tensor, args: QuantizationArgs, _: Tensor | None, global_scale: Tensor | None) -> Ranges:
+    return minmax_parameters(weight.float(), args, weight.dtype, global_scale)
 
 
-def _mse(weight: Tensor, args: QuantizationArgs, _: Tensor | None) -> Ranges:
-    return search_parameters(weight, args, None, weight.dtype)
+def _mse(weight: Tensor, args: QuantizationArgs, _: Tensor | None, global_scale: Tensor | None) -> Ranges:
+    return search_parameters(weight, args, None, weight.dtype, global_scale)
 
 
-def _imatrix(weight: Tensor, args: QuantizationArgs, gram: Tensor | None) -> Ranges:
-    return search_parameters(weight, args, None if gram is None else gram.diagonal(), weight.dtype)
+def _imatrix(weight: Tensor, args: QuantizationArgs, gram: Tensor | None, global_scale: Tensor | None) -> Ranges:
+    return search_parameters(weight, args, None if gram is None else gram.diagonal(), weight.dtype, global_scale)
 
 
-def _gram(weight: Tensor, args: QuantizationArgs, gram: Tensor | None) -> Ranges:
-    return search_parameters(weight, args, gram, weight.dtype)
+def _gram(weight: Tensor, args: QuantizationArgs, gram: Tensor | None, global_scale: Tensor | None) -> Ranges:
+    return search_parameters(weight, args, gram, weight.dtype, global_scale)
 
 
 # A weight is seen once: what other tools average or gather over several looks is the same for it.
-OBSERVERS: dict[str, Callable[[Tensor, QuantizationArgs, Tensor | None], Ranges]] = {
+OBSERVERS: dict[str, Callable[[Tensor, QuantizationArgs, Tensor | None, Tensor | None], Ranges]] = {
     "minmax": _minmax,
     "memoryless_minmax": _minmax,
     "static_minmax": _minmax,
@@ -69,7 +69,9 @@ def statistics_of_observer(args: QuantizationArgs) -> Statistic:
     return Statistic.GRAM if by_inputs else Statistic.NONE
 
 
-def observed_ranges(weight: Tensor, args: QuantizationArgs, statistics: InputStatistics | None) -> Ranges | None:
+def observed_ranges(
+    weight: Tensor, args: QuantizationArgs, statistics: InputStatistics | None, global_scale: Tensor | None = None
+) -> Ranges | None:
     """Scale and zero point of ``weight`` (out, in) as the scheme's observer chooses them; None if it names none.
 
     Of a layer that did not run nothing is known: all its inputs count alike.
@@ -77,7 +79,8 @@ def observed_ranges(weight: Tensor, args: QuantizationArgs, statistics: InputSta
     if not states_observer(args):
         return None
     known = statistics is not None and statistics.rows and Statistic.GRAM in statistics.wanted
-    return OBSERVERS[args.observer](weight, args, statistics.gram if statistics is not None and known else None)
+    gram = statistics.gram if statistics is not None and known else None
+    return OBSERVERS[args.observer](weight, args, gram, global_scale)
 
 
 def _known(name: str) -> str:

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import is_match
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -14,17 +15,20 @@ from bitpress.models.experts import find_layer, fused_experts, named_layers, rou
 from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.models.smoothing import is_convolution
 from bitpress.modifiers.base import Modifier, nearest
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.observers import check_observer, observed_ranges, states_observer, statistics_of_observer
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
     QuantizationArgs,
     QuantizationScheme,
-    QuantizationStrategy,
+    QuantizationType,
     QuantizedWeight,
     check_supported,
     is_preset_scheme,
     preset_name_to_scheme,
+    stored_format,
 )
+from bitpress.quantization.grid import GROUPED, block_shape
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
@@ -122,6 +126,7 @@ class QuantizationModifier(Modifier):
 
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
+        choose_global_scales(state, block)
         for name, module in block.layers.items():
             if state.owners.get(name) is self:
                 self._quantize(state, name, module)
@@ -132,20 +137,23 @@ class QuantizationModifier(Modifier):
         args: QuantizationArgs,
         statistics: InputStatistics | None,
         ranges: tuple[Tensor, Tensor] | None,
+        global_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """The quantized form of ``weight`` (out, in); a modifier with another solver overrides this.
 
-        ``ranges`` are the scale and zero point that its observer or an earlier modifier chose, if one did.
+        ``ranges`` are the scale and zero point that its observer or an earlier modifier chose, if one did, and
+        ``global_scale``, (1,), is what scales are relative to, where the scheme has one.
         """
-        return round_to_nearest(weight, args, weight.dtype, ranges)
+        return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
     def _quantize(self, state: State, name: str, module: nn.Module) -> None:
         matrix = weight_matrix(module)
         check_finite(matrix, name)
         statistics = state.statistics.get(name)
         args = state.schemes[name].weights
-        ranges = observed_ranges(matrix, args, statistics) or state.ranges.get(name)
-        quantized = self.solve(matrix, args, statistics, ranges)
+        global_scale = state.global_scales.get(name)
+        ranges = observed_ranges(matrix, args, statistics, global_scale) or state.ranges.get(name)
+        quantized = self.solve(matrix, args, statistics, ranges, global_scale)
         values = quantized.dequantize()
         state.layer_records.setdefault(name, {}).update(_figures(matrix, values, quantized, statistics))
         matrix.copy_(values)
@@ -170,8 +178,7 @@ class QuantizationModifier(Modifier):
                 logger.warning("%s: ignore pattern %r matches nothing.", type(self).__name__, pattern)
 
 
-PRESETS = [name for name in ("W2A16", "W3A16", "W4A16", "W4A16_ASYM", "W5A16", "W6A16", "W7A16", "W8A16")
-           if is_preset_scheme(name)]  # fmt: skip
+PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 
 
 def resolve_all(
@@ -205,7 +212,8 @@ def resolve_all(
 def _describe(args: QuantizationArgs) -> str:
     group = f", groups of {args.group_size}" if args.group_size else ""
     observer = f", observer {args.observer}" if states_observer(args) else ""
-    grid = f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}"
+    kind = "" if args.type == QuantizationType.INT else " (float)"
+    grid = f"{args.num_bits} bits{kind}, {'symmetric' if args.symmetric else 'asymmetric'}"
     return f"{grid}, per {args.strategy}{group}{observer}"
 
 
@@ -218,6 +226,7 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
     try:
         check_supported(scheme.weights)
         check_observer(scheme.weights)
+        stored_format(scheme)
     except BitpressError as error:
         raise BitpressError(f"config group {label!r}: {error}") from error
 
@@ -225,23 +234,37 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
 def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
     """Every problem at once: group sizes that do not divide, dtypes that cannot hold a scale."""
     problems: dict[tuple[int, int], list[str]] = {}
+    ragged: dict[tuple[int, int], list[str]] = {}
     for name, scheme in schemes.items():
         layer = find_layer(model, name)
         dtype = weight_matrix(layer).dtype
         if dtype not in STORED_DTYPES:
             raise BitpressError(f"{name}.weight is {dtype}: load the model in float32, float16 or bfloat16.")
         args = scheme.weights
-        if args.strategy == QuantizationStrategy.GROUP and in_features(layer) % args.group_size:
+        if args.strategy in GROUPED and in_features(layer) % args.group_size:
             problems.setdefault((args.group_size, in_features(layer)), []).append(name)
+        block = block_shape(args)
+        if block is not None and in_features(layer) % block[1]:
+            ragged.setdefault((block[1], in_features(layer)), []).append(name)
     if not problems:
+        for (columns, width), names in ragged.items():
+            logger.warning(
+                "blocks of %d columns do not divide the %d inputs of %s: transformers reads them, but vLLM's kernels "
+                "want whole blocks. Add the layers to ignore if it is to serve them.", columns, width, _some(names),
+            )  # fmt: skip
         return
     lines = []
     for (group, width), names in problems.items():
         fits = ", ".join(str(d) for d in (256, 128, 96, 64, 48, 32, 16, 8) if width % d == 0) or "none of the usual"
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        where = f"{', '.join(names[:3])}{more}"
-        lines.append(f"group_size {group} does not divide the {width} inputs of {where} (sizes that fit: {fits})")
+        lines.append(
+            f"group_size {group} does not divide the {width} inputs of {_some(names)} (sizes that fit: {fits})"
+        )
     raise BitpressError("; ".join(lines) + ". Choose a size that fits, or add the layers to ignore.")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _drop_routers(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:

@@ -13,14 +13,23 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from bitpress.quantization.formats import stored_format
 from bitpress.quantization.grid import (
-    affine_parameters,
-    check_supported,
     dequantize,
     fake_quantize,
     integer_range,
+    limits,
+    points_dtype,
     quantize,
+    round_to_points,
 )
+from bitpress.quantization.scales import (
+    affine_parameters,
+    has_global_scale,
+    shared_global_scale,
+    step_sizes,
+)
+from bitpress.quantization.supported import check_supported
 from bitpress.quantization.weights import PackedWeight, QuantizedWeight
 
 __all__ = [
@@ -34,8 +43,15 @@ __all__ = [
     "check_supported",
     "dequantize",
     "fake_quantize",
+    "has_global_scale",
     "integer_range",
     "is_preset_scheme",
+    "limits",
+    "points_dtype",
     "preset_name_to_scheme",
     "quantize",
+    "round_to_points",
+    "shared_global_scale",
+    "step_sizes",
+    "stored_format",
 ]

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from bitpress.quantization.grid import integer_range
-from bitpress.solvers.awq import BalanceWeight, row_errors
+from bitpress.solvers.awq import BalanceWeight, column_peaks, row_errors
 
 # A channel that was all but dead in calibration may not be later, and a column of zeros has no say: their greatest
 # magnitude counts as this share of the mean.
@@ -106,11 +106,14 @@ def search_strength(
     at_inputs = torch.stack([untouched, *(s if channel_map is None else s[channel_map] for s in found)])
     variance = gram.diagonal() / max(1, rows)
     errors = torch.zeros(len(at_inputs), dtype=torch.float64)
+    peaks = column_peaks(layers, weights)
     for layer, weight, args in zip(layers, weights, kinds, strict=True):
         every = max(1, min(SAMPLED_ROWS, weight.shape[0] // LEAST_ROWS))
+        if layer.args.strategy == QuantizationStrategy.BLOCK:
+            every = 1  # rows share their ranges with their neighbours
         sampled = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
         sampled[::every] = True
-        part = row_errors(layer, weight, sampled, gram, at_inputs).double().sum(1).cpu()
+        part = row_errors(layer, weight, sampled, gram, at_inputs, peaks).double().sum(1).cpu()
         errors += part * (weight.shape[0] / int(sampled.sum()))
         squares = weight.square().sum(0)
         noise = [activation_noise(squares, variance, max_magnitude, s, args) for s in at_inputs]
