@@ -88,6 +88,7 @@ class AWQModifier(QuantizationModifier):
 
     def on_initialize(self, state: State) -> None:
         """Find the mappings of every block, and prove them."""
+        super().on_initialize(state)
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
         if not any(block.calls for block in state.blocks):
@@ -105,9 +106,10 @@ class AWQModifier(QuantizationModifier):
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """Gram matrix and mean magnitude for the balance layers; the Gram matrix for all whose ranges are searched."""
+        wanted = super().required_statistics(state, name)
         if name in self._balanced:
-            return Statistic.GRAM | Statistic.MEAN_MAGNITUDE
-        return Statistic.GRAM if self.clip and name in state.schemes else Statistic.NONE
+            return wanted | Statistic.GRAM | Statistic.MEAN_MAGNITUDE
+        return wanted | Statistic.GRAM if self.clip and name in state.schemes else wanted
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""

@@ -13,6 +13,12 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from bitpress.quantization.activations import (
+    check_activations,
+    is_static,
+    quantizes_activations,
+    static_tensors,
+)
 from bitpress.quantization.grid import (
     affine_parameters,
     check_supported,
@@ -31,11 +37,15 @@ __all__ = [
     "QuantizationType",
     "QuantizedWeight",
     "affine_parameters",
+    "check_activations",
     "check_supported",
     "dequantize",
     "fake_quantize",
     "integer_range",
     "is_preset_scheme",
+    "is_static",
     "preset_name_to_scheme",
     "quantize",
+    "quantizes_activations",
+    "static_tensors",
 ]
