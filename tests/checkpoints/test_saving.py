@@ -160,6 +160,45 @@ def test_two_schemes_in_one_model(sources, tmp_path):
     }
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+def test_integers_that_are_stored_one_a_byte(strategy, symmetric, bits, sources, tmp_path):
+    loose = scheme(bits=bits, symmetric=symmetric, strategy=strategy).model_copy(update={"format": "int-quantized"})
+    model = oneshot(sources(), None, QuantizationModifier(scheme=loose, ignore=["lm_head"]))
+    model.save_pretrained(tmp_path / "out")
+    stored = tensors_of(tmp_path / "out")
+    kinds = {"weight", "weight_scale", *([] if symmetric else ["weight_zero_point"])}
+    assert {n.removeprefix(f"{Q_PROJ}.") for n in stored if n.startswith(Q_PROJ)} == kinds
+    assert stored[f"{Q_PROJ}.weight"].dtype == torch.int8
+    assert config_of(tmp_path / "out")["quantization_config"]["format"] == "int-quantized"
+    assert same_logits(loaded(tmp_path / "out"), model)
+    assert same_logits(bitpress.load(tmp_path / "out"), model)
+
+
+def test_two_formats_in_one_model(sources, tmp_path):
+    groups = {
+        "loose": scheme(bits=8, strategy="channel", targets=["re:.*self_attn.*"]).model_copy(
+            update={"format": "int-quantized"}
+        ),
+        "packed": scheme(targets=["re:.*mlp.*"]),
+    }
+    model = oneshot(sources(), None, QuantizationModifier(config_groups=groups))
+    model.save_pretrained(tmp_path / "out")
+    config = config_of(tmp_path / "out")["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    formats = {group["weights"]["num_bits"]: group["format"] for group in config["config_groups"].values()}
+    assert formats == {8: "int-quantized", 4: "pack-quantized"}
+    assert same_logits(loaded(tmp_path / "out"), model)
+    assert same_logits(bitpress.load(tmp_path / "out"), model)
+
+
+def test_a_format_that_does_not_fit_is_refused(sources):
+    wrong = scheme().model_copy(update={"format": "float-quantized"})
+    with pytest.raises(BitpressError, match="format 'float-quantized' .*'pack-quantized'"):
+        oneshot(sources(), None, QuantizationModifier(scheme=wrong))
+
+
 @pytest.mark.parametrize(("bits", "packed"), [(2, True), (3, True), (4, False), (8, True)])
 def test_layers_of_few_rows(bits, packed, tmp_path):
     # compressed-tensors 0.20 cannot unpack 4-bit zero points that are one row of words: those of 8 rows.

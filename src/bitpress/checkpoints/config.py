@@ -14,9 +14,7 @@ from bitpress.checkpoints.attached import scheme_of
 from bitpress.checkpoints.experts import StoredExperts, expert_targets
 from bitpress.models.experts import named_layers
 from bitpress.models.linears import is_linear
-from bitpress.quantization import QuantizationScheme
-
-FORMAT = CompressionFormat.pack_quantized.value
+from bitpress.quantization import QuantizationScheme, stored_format
 
 
 def quantization_config(
@@ -29,15 +27,16 @@ def quantization_config(
 
     One scheme keeps the targets it was stated with, and the layers that they match beyond ``layers`` are ignored by
     name. Several schemes name their layers, so that no reader's order of precedence matters. Experts are named by
-    patterns: those that are stored ``apart`` have one scheme, those that are stored ``whole`` none.
+    patterns: those that are stored ``apart`` have one scheme, those that are stored ``whole`` none. Each group says its
+    format; if they differ, the format of all is "mixed-precision".
     """
     of_experts = {name for s in (*apart, *whole) for name in s.names}
-    patterns = expert_targets(apart) if _one_scheme(apart) else []
+    patterns = expert_targets(apart) if have_one_scheme(_layers_of(apart)) else []
     groups: list[tuple[QuantizationScheme, list[str]]] = []
     for name, module in layers.items():
         scheme = scheme_of(module)
         for known, names in groups:
-            if known.weights == scheme.weights:
+            if _same_but_for_targets(known, scheme):
                 names.append(name)
                 break
         else:
@@ -51,17 +50,23 @@ def quantization_config(
         targets = [stated]
     else:
         targets = [_with_patterns(names, patterns, of_experts) for _, names in groups]
+    formats = [stored_format(scheme) for scheme, _ in groups]
     config = QuantizationConfig(
         config_groups={
-            f"group_{i}": scheme.model_copy(update={"targets": names, "format": FORMAT})
-            for i, ((scheme, _), names) in enumerate(zip(groups, targets, strict=True))
+            f"group_{i}": scheme.model_copy(update={"targets": names, "format": format})
+            for i, ((scheme, _), names, format) in enumerate(zip(groups, targets, formats, strict=True))
         },
-        format=FORMAT,
+        format=formats[0] if len(set(formats)) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
     )
     dumped = config.model_dump(mode="json")
     return {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}, **dumped}
+
+
+def _same_but_for_targets(one: QuantizationScheme, other: QuantizationScheme) -> bool:
+    """True for schemes that differ in nothing but their targets."""
+    return one.model_copy(update={"targets": []}) == other.model_copy(update={"targets": []})
 
 
 def _with_patterns(names: list[str], patterns: list[str], of_experts: Collection[str]) -> list[str]:
@@ -71,9 +76,14 @@ def _with_patterns(names: list[str], patterns: list[str], of_experts: Collection
     return [*(name for name in names if name not in of_experts), *patterns]
 
 
-def _one_scheme(stored: Sequence[StoredExperts]) -> bool:
-    schemes = [scheme_of(layer).weights for s in stored for layer in s.experts.layers.values()]
-    return bool(schemes) and all(scheme == schemes[0] for scheme in schemes)
+def have_one_scheme(layers: Sequence[nn.Module]) -> bool:
+    """True if there are layers, and all of them have the same scheme."""
+    schemes = [scheme_of(layer) for layer in layers]
+    return bool(schemes) and all(_same_but_for_targets(scheme, schemes[0]) for scheme in schemes)
+
+
+def _layers_of(stored: Sequence[StoredExperts]) -> list[nn.Module]:
+    return [layer for s in stored for layer in s.experts.layers.values()]
 
 
 def _owners(dense: Collection[str], whole: Sequence[StoredExperts]) -> list[str]:

@@ -9,7 +9,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
-from bitpress.checkpoints.packed import read_weights, scheme_for, take_packed, targets_of, write_expert
+from bitpress.checkpoints.packed import (
+    is_stored_quantized,
+    read_weights,
+    scheme_for,
+    take_packed,
+    targets_of,
+    write_expert,
+)
 from bitpress.checkpoints.pretrained import load_compressed, load_pretrained
 from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.errors import BitpressError
@@ -76,7 +83,7 @@ def _unpack(
     schemes: dict[str, QuantizationScheme] = {}
     schemes_by_target = targets_of(config)
     for name, module in named_layers(model):
-        if not is_linear(module) or f"{name}.weight_packed" not in stored:
+        if not is_linear(module) or not is_stored_quantized(stored, name):
             continue
         schemes[name] = scheme_for(name, module, schemes_by_target)
         packed[name] = take_packed(dense, name, schemes[name])

@@ -15,7 +15,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear
 from bitpress.quantization import PackedWeight, QuantizationScheme
 
-KINDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -51,8 +51,13 @@ def scheme_for(name: str, module: nn.Module, by_target: Mapping[str, Quantizatio
     """
     matched = match_targets(name, module, by_target)
     if not matched:
-        raise BitpressError(f"{name} is packed, but no config group of {CONFIG_FILE} targets it.")
+        raise BitpressError(f"{name} is quantized, but no config group of {CONFIG_FILE} targets it.")
     return by_target[matched[0]]
+
+
+def is_stored_quantized(stored: Mapping[str, Tensor], name: str) -> bool:
+    """True if the layer that is stored as ``name`` is quantized: then its weight has scales, in every format."""
+    return f"{name}.weight_scale" in stored
 
 
 def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme) -> PackedWeight:

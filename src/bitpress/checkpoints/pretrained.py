@@ -9,7 +9,14 @@ from torch import nn
 
 from bitpress.checkpoints.attached import attach
 from bitpress.checkpoints.experts import checkpoint_names, stored_experts
-from bitpress.checkpoints.packed import read_weights, scheme_for, take_packed, targets_of, write_expert
+from bitpress.checkpoints.packed import (
+    is_stored_quantized,
+    read_weights,
+    scheme_for,
+    take_packed,
+    targets_of,
+    write_expert,
+)
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear
@@ -63,9 +70,9 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     packed: dict[str, tuple[QuantizationScheme, PackedWeight]] = {}
     for name, stored in names.items():
         layer = find_layer(skeleton, name)
-        if isinstance(layer, ExpertLinear) and f"{stored}.weight" in weights:
-            write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
-        if f"{stored}.weight_packed" not in weights:
+        if not is_stored_quantized(weights, stored):
+            if isinstance(layer, ExpertLinear) and f"{stored}.weight" in weights:
+                write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
             continue
         scheme = scheme_for(name, layer, by_target)
         packed[name] = scheme, take_packed(weights, stored, scheme)

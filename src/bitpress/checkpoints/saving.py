@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attached_layers, packed_weight, scheme_of
-from bitpress.checkpoints.config import quantization_config
+from bitpress.checkpoints.config import have_one_scheme, quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
 from bitpress.checkpoints.experts import checkpoint_names, choose_packed, is_expert, stored_experts, tensor_names
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import weight_matrix
-from bitpress.quantization import PackedWeight
+from bitpress.quantization import PackedWeight, stored_format
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ def _bytes(model: nn.Module, state: dict[str, Tensor], packed: dict[str, PackedW
     experts = [s for s in stored_experts(model) if s.packable and all(name in packed for name in s.names)]
     gone = {parameter for s in experts for parameter in s.parameters} | {f"{name}.weight" for name in packed}
     unique = {t.data_ptr(): t.numel() * t.element_size() for name, t in state.items() if name not in gone}
-    return sum(unique.values()) + sum(p.nbytes() for p in packed.values())
+    formats = {name: stored_format(scheme_of(find_layer(model, name))) for name in packed}
+    return sum(unique.values()) + sum(p.nbytes(formats[name]) for name, p in packed.items())
 
 
 def _write_transformers(
@@ -137,7 +138,7 @@ def _write_transformers(
 ) -> None:
     read = _readable(model, layers, packed)
     stored = stored_experts(model)
-    one_scheme = len({str(scheme_of(layer).weights) for n, layer in read.items() if is_expert(layer)}) == 1
+    one_scheme = have_one_scheme([layer for layer in read.values() if is_expert(layer)])
     apart, whole = choose_packed(stored, read, one_scheme=one_scheme)
     read = {name: layer for name, layer in read.items() if not any(name in s.names for s in whole)}
     names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
@@ -159,7 +160,8 @@ def _write_transformers(
             for name, stored_name in s.names.items():
                 tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
         for name, stored_name in linears.items():
-            tensors |= {f"{stored_name}.{kind}": t for kind, t in packed[name].tensors().items()}
+            own = packed[name].tensors(stored_format(scheme_of(layers[name])))
+            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
         type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
         _warn_of_broken_pair(packed)
         _warn_of_failing_load(model, read)
@@ -205,7 +207,7 @@ def _write_plain(
     experts = [s for s in stored_experts(model) if all(layer in packed for layer in s.names)]
     for name in [parameter for s in experts for parameter in s.parameters]:
         del state[name]
-    tensors = _replace_weights(state, packed)
+    tensors = _replace_weights(state, layers, packed)
     shared: dict[int, str] = {}
     aliases = {}
     for name, tensor in list(tensors.items()):
@@ -237,12 +239,15 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
-def _replace_weights(state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
-    """The state dict with each packed layer's weight in its stored form."""
+def _replace_weights(
+    state: dict[str, Tensor], layers: dict[str, nn.Module], packed: dict[str, PackedWeight]
+) -> dict[str, Tensor]:
+    """The state dict with each quantized layer's weight in its stored form."""
     weights = {f"{name}.weight" for name in packed}
     tensors = {name: tensor for name, tensor in state.items() if name not in weights}
     for name, weight in packed.items():
-        tensors |= {f"{name}.{kind}": t for kind, t in weight.tensors().items()}
+        own = weight.tensors(stored_format(scheme_of(layers[name])))
+        tensors |= {f"{name}.{kind}": t for kind, t in own.items()}
     return tensors
 
 

@@ -36,6 +36,7 @@ from bitpress.quantization import (
     is_static,
     preset_name_to_scheme,
     static_tensors,
+    stored_format,
 )
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
@@ -274,6 +275,7 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
     check_group(label, scheme)
     try:
         check_supported(scheme.weights)
+        stored_format(scheme)
     except BitpressError as error:
         raise BitpressError(f"config group {label!r}: {error}") from error
 

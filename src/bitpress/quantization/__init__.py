@@ -19,6 +19,7 @@ from bitpress.quantization.activations import (
     quantizes_activations,
     static_tensors,
 )
+from bitpress.quantization.formats import stored_format
 from bitpress.quantization.grid import (
     affine_parameters,
     check_supported,
@@ -48,4 +49,5 @@ __all__ = [
     "quantize",
     "quantizes_activations",
     "static_tensors",
+    "stored_format",
 ]

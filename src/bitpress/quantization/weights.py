@@ -7,6 +7,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
+from bitpress.quantization.formats import LOOSE, weight_only_format
 from bitpress.quantization.grid import dequantize, integer_range, quantize
 
 
@@ -82,8 +83,15 @@ class PackedWeight:
         values = unpack_from_int32(self.packed, self.args.num_bits, torch.Size(self.shape))
         return QuantizedWeight(values.contiguous(), self.scale, self.zero_point, self.args)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the ``pack-quantized`` format, by the names they have behind the layer's."""
+    def tensors(self, format: str | None = None) -> dict[str, Tensor]:
+        """What a checkpoint stores, by the names that the tensors have behind the layer's.
+
+        Args:
+            format: see :func:`bitpress.quantization.stored_format`; by default that of a scheme with these weights only.
+        """
+        if (format or weight_only_format(self.args)) in LOOSE:
+            stored = {"weight": self.unpack().values, "weight_scale": self.scale}
+            return stored if self.args.symmetric else {**stored, "weight_zero_point": self.zero_point}
         stored = {
             "weight_packed": self.packed,
             "weight_scale": self.scale,
@@ -93,9 +101,9 @@ class PackedWeight:
             stored["weight_zero_point"] = self._stored_zero_point()
         return stored
 
-    def nbytes(self) -> int:
+    def nbytes(self, format: str | None = None) -> int:
         """Bytes of :meth:`tensors` in a checkpoint."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors(format).values())
 
     def _stored_zero_point(self) -> Tensor:
         if self.args.strategy == QuantizationStrategy.TENSOR:
@@ -105,8 +113,11 @@ class PackedWeight:
 
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor], args: QuantizationArgs) -> "PackedWeight":
-        """Read what :meth:`tensors` wrote."""
+        """Read what :meth:`tensors` wrote, in whichever format."""
         scale = stored["weight_scale"]
+        if "weight" in stored:
+            zero_point = stored.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
+            return QuantizedWeight(stored["weight"], scale, zero_point, args).pack()
         rows, columns = (int(n) for n in stored["weight_shape"])
         zero_point = stored.get("weight_zero_point")
         if zero_point is None:

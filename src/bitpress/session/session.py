@@ -24,6 +24,7 @@ from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
+from bitpress.quantization import stored_format
 from bitpress.session.recipe import Recipe, RecipeLike
 from bitpress.solvers import check_finite
 from bitpress.statistics import InputCollector, Statistic
@@ -136,7 +137,10 @@ class Session:
             attach_attention(self.model, name, attention.scheme, tensors, queries=attention.queries)
         for modifier in self.recipe.modifiers:
             modifier.on_finalize(self.state)
-        self.stored_bytes = {name: packed.nbytes() for name, packed in self._changes.packed.items()}
+        self.stored_bytes = {
+            name: packed.nbytes(stored_format(self.state.schemes[name]))
+            for name, packed in self._changes.packed.items()
+        }
         del self._changes
 
     def _calibrating(self) -> AbstractContextManager[None]:
