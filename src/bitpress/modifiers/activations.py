@@ -201,6 +201,8 @@ def make_taps(
     """
     taps = [Tap(name, OUTPUT) for name, scheme in schemes.items() if is_static(scheme.output_activations)]
     for name, attention in attentions.items():
+        if not is_static(attention.args):
+            continue
         heads = dict.fromkeys(attention.states, 1)
         if attention.args.strategy == QuantizationStrategy.ATTN_HEAD:
             heads = _heads(model, name, attention)
