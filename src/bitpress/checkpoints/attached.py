@@ -20,7 +20,9 @@ from bitpress.models.taps import hook_attention
 from bitpress.quantization import PackedWeight, QuantizationScheme, QuantizedWeight, quantizes_activations
 
 # What a checkpoint holds of static activations, by the names behind the layer's or the attention's.
-ACTIVATIONS = tuple(f"{base}_{kind}" for base in ("input", "output") for kind in ("scale", "zero_point", "global_scale"))
+ACTIVATIONS = tuple(
+    f"{base}_{kind}" for base in ("input", "output") for kind in ("scale", "zero_point", "global_scale")
+)
 STATES = tuple(f"{base}_{kind}" for base in ("q", "k", "v") for kind in ("scale", "zero_point"))
 
 
@@ -55,8 +57,8 @@ def attach_attention(
     """Make an attention of ``model`` quantize its keys and values as they are cached, and its ``queries`` too."""
     attention = model.get_submodule(name)
     hook_attention(model, attention, queries=queries)
-    attention.quantization_scheme = scheme  # type: ignore[assignment]
-    attention.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+    attention.quantization_scheme = scheme
+    attention.quantization_status = QuantizationStatus.DECOMPRESSED
     _register(attention, states, next(attention.parameters()).device)
 
 

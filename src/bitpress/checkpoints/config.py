@@ -44,7 +44,9 @@ def quantization_config(
             groups.append((scheme, [name]))
     ignore: list[str] = []
     # A target that is there for other models would make readers warn.
-    stated = [t for scheme, _ in groups[:1] for t in scheme.targets if any(is_match(n, m, t) for n, m in layers.items())]
+    stated = [
+        t for scheme, _ in groups[:1] for t in scheme.targets if any(is_match(n, m, t) for n, m in layers.items())
+    ]
     if len(groups) == 1 and all(is_match(n, m, stated) for n, m in layers.items()):
         dense = [n for n, m in named_layers(model) if n not in layers and _is_read_as_linear(n, m, stated)]
         ignore = [n for n in dense if n not in of_experts] + _owners(dense, whole)
@@ -53,8 +55,8 @@ def quantization_config(
         targets = [_with_patterns(names, patterns, of_experts) for _, names in groups]
     formats = [stored_format(scheme) for scheme, _ in groups]
     schemes = [
-        scheme.model_copy(update={"targets": names, "format": format})
-        for (scheme, _), names, format in zip(groups, targets, formats, strict=True)
+        scheme.model_copy(update={"targets": names, "format": each})
+        for (scheme, _), names, each in zip(groups, targets, formats, strict=True)
     ]
     of_cache, of_attention = _states(attentions or {})
     config = QuantizationConfig(
@@ -71,8 +73,8 @@ def quantization_config(
 
 def _format_of_all(formats: Sequence[str]) -> str:
     if len(set(formats)) > 1:
-        return CompressionFormat.mixed_precision.value
-    return formats[0] if formats else CompressionFormat.dense.value
+        return str(CompressionFormat.mixed_precision.value)
+    return formats[0] if formats else str(CompressionFormat.dense.value)
 
 
 def _states(attentions: Mapping[str, nn.Module]) -> tuple[QuantizationArgs | None, list[QuantizationScheme]]:

@@ -129,7 +129,10 @@ def check_widths(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) ->
 
 
 def attention_schemes(
-    model: nn.Module, kv_cache_scheme: QuantizationArgs | None, groups: Mapping[str, QuantizationScheme], ignore: list[str]
+    model: nn.Module,
+    kv_cache_scheme: QuantizationArgs | None,
+    groups: Mapping[str, QuantizationScheme],
+    ignore: list[str],
 ) -> dict[str, AttentionScheme]:
     """The attentions whose states are quantized, by name. A config group that targets one has it, not the cache's.
 

@@ -71,9 +71,7 @@ class _Schedule:
         blocks = {block.name: block for block in self.state.blocks}
         left = Counter(order)
         collectors = {
-            name: make_collector(
-                self.state, self.modifiers, watched(self.state, blocks[name]), ranges=left[name] > 1
-            )
+            name: make_collector(self.state, self.modifiers, watched(self.state, blocks[name]), ranges=left[name] > 1)
             for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):

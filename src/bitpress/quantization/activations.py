@@ -63,7 +63,7 @@ def check_activations(args: QuantizationArgs, static: tuple[QuantizationStrategy
         )
     if args.dynamic is True and strategy == QuantizationStrategy.TENSOR_GROUP:
         raise BitpressError('dynamic=True with strategy "tensor_group" has no global scale: use dynamic="local".')
-    if args.dynamic == DynamicType.LOCAL and OF_LAYERS != static:
+    if args.dynamic == DynamicType.LOCAL and static != OF_LAYERS:
         raise BitpressError('dynamic="local" is for the inputs of layers: use dynamic=False or True.')
 
 
