@@ -20,6 +20,8 @@ from compressed_tensors.modeling import (
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from torch import Tensor, nn
 
+from bitpress.errors import BitpressError
+
 OUTPUT = "output"
 _STATES = {"q": register_query_hook, "k": register_key_hook, "v": register_value_hook}
 
@@ -50,7 +52,16 @@ class Tap(nn.Module):
         return x
 
     def receive(self, states: Tensor) -> None:
-        """Take in states of attention, (rows, heads, positions, channels)."""
+        """Take in states of attention, (rows, heads, positions, channels).
+
+        Raises:
+            BitpressError: the heads are not as many as the model's config says.
+        """
+        if self.in_features not in (1, states.shape[1]):
+            raise BitpressError(
+                f"{self.name} has {states.shape[1]} heads as it is cached, where the model's config has "
+                f'{self.in_features}: strategy "attn_head" does not fit it, use strategy "tensor".'
+            )
         self(states.permute(0, 2, 3, 1) if self.in_features > 1 else states.transpose(1, 2))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compressed_tensors.utils import get_num_attn_heads, get_num_kv_heads, is_match
+from compressed_tensors.utils import get_head_dim, get_num_attn_heads, get_num_kv_heads, is_match
 from torch import nn
 
 from bitpress.checkpoints.readers import is_read_by_its_parent
@@ -149,6 +149,14 @@ def attention_schemes(
             "transformers model, with k_proj and v_proj and an argument past_key_values. "
             f"Its attentions are of class {', '.join(kinds) or '(none)'}."
         )
+    _heads(model)
+    for name, module in found.items():
+        taken = next((f"{state}_scale" for state in "qkv" if hasattr(module, f"{state}_scale")), None)
+        if taken is not None:
+            raise BitpressError(
+                f"the states of {name} cannot be quantized: {type(module).__name__} has a {taken} of its own, where "
+                "compressed-tensors keeps its scale."
+            )
     schemes: dict[str, AttentionScheme] = {}
     for label, group in groups.items():
         check_group(label, group)
@@ -197,31 +205,33 @@ def resolve_attentions(
 def make_taps(
     model: nn.Module, schemes: Mapping[str, QuantizationScheme], attentions: Mapping[str, AttentionScheme]
 ) -> dict[str, Tap]:
-    """A tap wherever a static scale needs a range that is not of a layer's input.
+    """A tap wherever a static scale needs a range that is not of a layer's input, and at all states of attention.
 
-    Raises:
-        BitpressError: the model's config does not say how many heads there are.
+    Where those are dynamic, the dry run with its hooks shows that the model takes compressed-tensors' cache.
     """
     taps = [Tap(name, OUTPUT) for name, scheme in schemes.items() if is_static(scheme.output_activations)]
     for name, attention in attentions.items():
-        if not is_static(attention.args):
-            continue
-        heads = dict.fromkeys(attention.states, 1)
-        if attention.args.strategy == QuantizationStrategy.ATTN_HEAD:
-            heads = _heads(model, name, attention)
-        taps += [Tap(name, state, heads[state]) for state in attention.states]
+        per_head = attention.args.strategy == QuantizationStrategy.ATTN_HEAD
+        of_queries, of_cache = _heads(model) if per_head else (1, 1)
+        taps += [Tap(name, state, of_queries if state == "q" else of_cache) for state in attention.states]
     return {tap.name: tap for tap in taps}
 
 
-def _heads(model: Any, name: str, attention: AttentionScheme) -> dict[str, int]:
+def _heads(model: Any) -> tuple[int, int]:
+    """Heads of queries, and of keys and values, as compressed-tensors finds them in a model's config.
+
+    Raises:
+        BitpressError: it does not, and so it could not load the checkpoint.
+    """
     config = model.config.get_text_config(decoder=True)
     try:
-        of_cache = get_num_kv_heads(config)
-        return {s: get_num_attn_heads(config) if s == "q" else of_cache for s in attention.states}
-    except ValueError as error:
+        get_head_dim(config)
+        return get_num_attn_heads(config), get_num_kv_heads(config)
+    except Exception as error:  # whatever it is, it would end the load of the checkpoint
+        what = str(error).split(".")[0]
         raise BitpressError(
-            f'{name}: the config of {type(model).__name__} has no num_key_value_heads, which strategy "attn_head" '
-            'needs: use strategy "tensor".'
+            f"the states of {type(model).__name__}'s attention cannot be quantized: compressed-tensors could not load "
+            f"the checkpoint ({what})."
         ) from error
 
 

@@ -158,8 +158,7 @@ class QuantizationModifier(Modifier):
 
     def _static(self, state: State, names: Sequence[str]) -> list[str]:
         """Of these layers and taps, those whose static scales are this modifier's."""
-        mine = [n for n in names if state.owners.get(n) is self]
-        return [n for n in mine if n in state.taps or is_static(state.schemes[n].input_activations)]
+        return [n for n in names if state.owners.get(n) is self and is_static(_grid(state, n))]
 
     def on_solved(self, state: State, block: Block) -> None:
         """Take the scales of the block's static activations from their ranges."""
@@ -170,13 +169,10 @@ class QuantizationModifier(Modifier):
             low, high = state.statistics[name].range
             tap = state.taps.get(name)
             owner, base = (tap.owner, tap.base) if tap is not None else (name, "input")
-            if owner in state.attentions:
-                args, dtype = state.attentions[owner].args, next(find_layer(state.model, owner).parameters()).dtype
-            else:
-                args = getattr(state.schemes[owner], f"{base}_activations")
-                dtype = weight_matrix(find_layer(state.model, owner)).dtype
             if tap is None:
                 low, high = low.amin().view(1), high.amax().view(1)
+            args, dtype = _grid(state, name), next(find_layer(state.model, owner).parameters()).dtype
+            assert args is not None, "it is static"  # noqa: S101
             state.activations.setdefault(owner, {}).update(static_tensors(base, low, high, args, dtype))
 
     def on_block(self, state: State, block: Block) -> None:
@@ -251,6 +247,17 @@ def resolve_all(
             owners.setdefault(name, modifier)
     order = [name for name, _ in named_layers(model) if name in schemes]
     return {name: schemes[name] for name in order}, owners
+
+
+def _grid(state: State, name: str) -> QuantizationArgs | None:
+    """The grid of a layer's input, or of what a tap receives."""
+    tap = state.taps.get(name)
+    if tap is None:
+        return state.schemes[name].input_activations
+    if tap.owner in state.attentions:
+        args: QuantizationArgs = state.attentions[tap.owner].args
+        return args
+    return state.schemes[tap.owner].output_activations
 
 
 def _check_same(name: str, a: QuantizationScheme, b: QuantizationScheme, of: tuple[Modifier, Modifier]) -> None:

@@ -92,6 +92,8 @@ def _try(state: State, probe: Batch) -> tuple[list[str], set[str]]:
                 if block.first_output is None:
                     block.first_output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
                 forward.resume(output)
+    except BitpressError:
+        raise
     except (TypeError, ValueError) as error:
         raise BitpressError(_refusal(state.model, probe, error)) from error
     finally:

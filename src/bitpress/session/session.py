@@ -102,7 +102,15 @@ class Session:
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
             with self._calibrating(), self._tapped(), self.state.watch.phase("dry run"):
-                self._order = self._dry_run(self._prepared(data.probe()))
+                try:
+                    self._order = self._dry_run(self._prepared(data.probe()))
+                except AttributeError as error:
+                    if not self.state.attentions:
+                        raise
+                    raise BitpressError(
+                        f"{type(self.model).__name__} uses its cache as compressed-tensors' quantized one cannot be "
+                        f"used ({error}): its attention's states stay as they are, without kv_cache_scheme."
+                    ) from error
         with self._calibrating(), self.state.watch.phase("proofs"):
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
