@@ -195,7 +195,7 @@ def test_two_formats_in_one_model(sources, tmp_path):
 
 def test_a_format_that_does_not_fit_is_refused(sources):
     wrong = scheme().model_copy(update={"format": "float-quantized"})
-    with pytest.raises(BitpressError, match="format 'float-quantized' .*'pack-quantized'"):
+    with pytest.raises(BitpressError, match=r"format 'float-quantized' .*'pack-quantized'"):
         oneshot(sources(), None, QuantizationModifier(scheme=wrong))
 
 

@@ -333,7 +333,12 @@ class TestCheckSupported:
         [
             ({"num_bits": 1}, r"num_bits 1 .*2 to 8"),
             ({"num_bits": 9}, r"num_bits 9 .*2 to 8"),
-            ({"num_bits": 8, "type": "float"}, r"type float .*int"),
+            ({"num_bits": 5, "type": "float"}, r"type float with num_bits 5 .*4, 6 or 8"),
+            ({"num_bits": 8, "type": "float", "symmetric": False}, r"symmetric=False .*True"),
+            ({"num_bits": 4, "type": "float"}, r"4 bits .*NVFP4A16.*MXFP4A16"),
+            ({"num_bits": 4, "type": "float", "group_size": 32}, r"scale_dtype"),
+            ({"num_bits": 6, "type": "float", "group_size": 16}, r"MXFP6A16"),
+            ({"num_bits": 8, "type": "float", "scale_dtype": torch.uint8}, r"scale_dtype uint8"),
             ({"num_bits": 4, "strategy": "block", "block_structure": [16, 16]}, r"strategy block .*channel, group"),
             ({"num_bits": 4, "strategy": "token", "dynamic": True}, r"strategy token .*channel, group"),
             ({"num_bits": 4, "dynamic": True}, "dynamic=True .*dynamic=False"),

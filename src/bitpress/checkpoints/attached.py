@@ -1,8 +1,8 @@
 """What a quantized layer carries: its scheme, scales and zero points. Its weight holds the grid's values.
 
-The integers are not kept: a weight on its grid gives them back exactly, and a weight that has been changed since does
-not pass for quantized. Activations are quantized by compressed-tensors' own functions, which layers and attentions are
-given here as its loader gives them: the model in memory computes what the loaded checkpoint does.
+The grid's points are not kept: a weight on its grid gives them back exactly, and a weight that has been changed since
+does not pass for quantized. Activations are quantized by compressed-tensors' own functions, which layers and attentions
+are given here as its loader gives them: the model in memory computes what the loaded checkpoint does.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,8 @@ def attach(
     module.weight.requires_grad_(False)
     module.register_buffer("weight_scale", weight.scale.to(device), persistent=False)
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
+    if weight.global_scale is not None:
+        module.register_buffer("weight_global_scale", weight.global_scale.to(device), persistent=False)
     _register(module, activations or {}, device)
     if quantizes_activations(scheme) and not isinstance(module, ExpertLinear):
         set_forward_quantized(module)
@@ -122,7 +124,8 @@ def packed_weight(name: str, module: nn.Module) -> PackedWeight:
     matrix = weight_matrix(module)
     scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
     zero_point: torch.Tensor = module.weight_zero_point  # type: ignore[assignment]
-    quantized = QuantizedWeight.on_grid(matrix, scale, zero_point, scheme.weights)
+    global_scale: torch.Tensor | None = getattr(module, "weight_global_scale", None)
+    quantized = QuantizedWeight.on_grid(matrix, scale, zero_point, scheme.weights, global_scale)
     if scale.dtype != matrix.dtype or not torch.equal(quantized.dequantize(), matrix):
         raise BitpressError(
             f"{name}.weight is not what oneshot left there (trained, cast or replaced since). Save the model before "

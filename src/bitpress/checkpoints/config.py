@@ -96,7 +96,8 @@ def _states(attentions: Mapping[str, nn.Module]) -> tuple[QuantizationArgs | Non
 
 def _same_but_for_targets(one: QuantizationScheme, other: QuantizationScheme) -> bool:
     """True for schemes that differ in nothing but their targets."""
-    return one.model_copy(update={"targets": []}) == other.model_copy(update={"targets": []})
+    same: bool = one.model_copy(update={"targets": []}) == other.model_copy(update={"targets": []})
+    return same
 
 
 def _with_patterns(names: list[str], patterns: list[str], of_experts: Collection[str]) -> list[str]:

@@ -22,7 +22,7 @@ from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.checkpoints.states import take_activations, take_attentions
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
-from bitpress.models.linears import as_parameter, is_linear
+from bitpress.models.linears import as_parameter, is_linear, weight_matrix
 from bitpress.quantization import PackedWeight, QuantizationScheme
 
 
@@ -91,7 +91,7 @@ def _unpack(
         if not is_linear(module) or not is_stored_quantized(stored, name):
             continue
         schemes[name] = scheme_for(name, module, schemes_by_target)
-        packed[name] = take_packed(dense, name, schemes[name])
+        packed[name] = take_packed(dense, name, schemes[name], weight_matrix(module).dtype)
         weight = packed[name].unpack().dequantize()
         if isinstance(module, ExpertLinear):
             write_expert(dense, name, module, weight)

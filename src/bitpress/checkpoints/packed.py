@@ -60,10 +60,13 @@ def is_stored_quantized(stored: Mapping[str, Tensor], name: str) -> bool:
     return f"{name}.weight_scale" in stored
 
 
-def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme) -> PackedWeight:
-    """The packed weight of the layer that is stored as ``name``; its tensors are taken out of ``stored``."""
+def take_packed(stored: dict[str, Tensor], name: str, scheme: QuantizationScheme, dtype: torch.dtype) -> PackedWeight:
+    """The packed weight of the layer that is stored as ``name``; its tensors are taken out of ``stored``.
+
+    ``dtype`` is what the layer's weight had, for scales that are stored in one of their own.
+    """
     tensors = {kind: stored.pop(f"{name}.{kind}") for kind in KINDS if f"{name}.{kind}" in stored}
-    return PackedWeight.from_tensors(tensors, scheme.weights)
+    return PackedWeight.from_tensors(tensors, scheme.weights, dtype)
 
 
 def write_expert(dense: dict[str, Tensor], name: str, layer: ExpertLinear, weight: Tensor) -> None:

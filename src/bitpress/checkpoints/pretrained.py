@@ -77,8 +77,9 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
                 write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
             continue
         scheme = scheme_for(name, layer, by_target)
-        packed[name] = scheme, take_packed(weights, stored, scheme), take_activations(weights, stored)
-        dense = packed[name][1].unpack().dequantize()
+        weight = take_packed(weights, stored, scheme, model_config.dtype)
+        packed[name] = scheme, weight, take_activations(weights, stored)
+        dense = weight.unpack().dequantize()
         if isinstance(layer, ExpertLinear):
             write_expert(weights, name, layer, dense)
         else:

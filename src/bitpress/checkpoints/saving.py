@@ -30,6 +30,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight, stored_format
+from bitpress.quantization.scales import ScaleKind, scale_kind
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,7 @@ def _write_transformers(
         type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
         _warn_of_broken_pair(packed)
         _warn_of_failing_load(model, read)
+        _warn_of_other_dtypes({name: packed[name] for name in read})
         file = draft / CONFIG_FILE
         config = json.loads(file.read_text())
         config["quantization_config"] = quantization_config(model, read, apart, whole, attentions)
@@ -205,6 +207,18 @@ def _warn_of_failing_load(model: nn.Module, read: dict[str, nn.Module]) -> None:
             "checkpoint if it knows the model; in Python, use bitpress.load.",
             type(model).__name__,
             failing,
+        )
+
+
+def _warn_of_other_dtypes(packed: dict[str, PackedWeight]) -> None:
+    """compressed-tensors makes bfloat16 of weights whose scales are stored in a dtype of their own."""
+    own = [p for p in packed.values() if p.scale.dtype != torch.bfloat16 and scale_kind(p.args) != ScaleKind.PLAIN]
+    if own:
+        logger.warning(
+            "transformers reads these %d-bit float weights as bfloat16, and the model is %s: load it with "
+            "dtype=torch.bfloat16, or use bitpress.load.",
+            own[0].args.num_bits,
+            str(own[0].scale.dtype).removeprefix("torch."),
         )
 
 

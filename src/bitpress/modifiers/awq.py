@@ -12,6 +12,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
 from bitpress.models.smoothing import divide_outputs, multiply_inputs, out_channels
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.resolving import resolve_mappings
@@ -124,12 +125,15 @@ class AWQModifier(QuantizationModifier):
         self._resolved = {}
 
     def _choose_ranges(self, state: State, block: Block) -> None:
+        choose_global_scales(state, block)
         for name, layer in block.layers.items():
             statistics = state.statistics.get(name)
             if statistics is not None and self._considers(name, layer, block):
                 matrix = weight_matrix(layer)
                 args = state.schemes[name].weights
-                state.ranges[name] = search_parameters(matrix, args, statistics.gram, matrix.dtype)
+                state.ranges[name] = search_parameters(
+                    matrix, args, statistics.gram, matrix.dtype, state.global_scales.get(name)
+                )
 
     def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
         targeted = {n: m for n, m in mapping.balance.items() if n in state.schemes}

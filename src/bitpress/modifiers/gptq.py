@@ -40,10 +40,11 @@ class GPTQModifier(QuantizationModifier):
         args: QuantizationArgs,
         statistics: InputStatistics | None,
         ranges: tuple[Tensor, Tensor] | None,
+        global_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """See :meth:`QuantizationModifier.solve`; a layer that did not run is rounded to nearest."""
         if statistics is None or not statistics.rows:
-            return super().solve(weight, args, statistics, ranges)
+            return super().solve(weight, args, statistics, ranges, global_scale)
         found = gptq(
             weight,
             statistics.gram,

@@ -25,11 +25,12 @@ from bitpress.modifiers.activations import (
     readable_activations,
 )
 from bitpress.modifiers.base import Modifier, nearest
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
     QuantizationArgs,
     QuantizationScheme,
-    QuantizationStrategy,
+    QuantizationType,
     QuantizedWeight,
     check_supported,
     is_preset_scheme,
@@ -38,6 +39,7 @@ from bitpress.quantization import (
     static_tensors,
     stored_format,
 )
+from bitpress.quantization.grid import GROUPED
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
@@ -177,6 +179,7 @@ class QuantizationModifier(Modifier):
 
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
+        choose_global_scales(state, block)
         for name, module in block.layers.items():
             if state.owners.get(name) is self:
                 self._quantize(state, name, module)
@@ -187,18 +190,22 @@ class QuantizationModifier(Modifier):
         args: QuantizationArgs,
         statistics: InputStatistics | None,
         ranges: tuple[Tensor, Tensor] | None,
+        global_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """The quantized form of ``weight`` (out, in); a modifier with another solver overrides this.
 
-        ``ranges`` are the scale and zero point that an earlier modifier chose for it, if one did.
+        ``ranges`` are the scale and zero point that an earlier modifier chose for it, if one did, and ``global_scale``,
+        (1,), is what scales are relative to, where the scheme has one.
         """
-        return round_to_nearest(weight, args, weight.dtype, ranges)
+        return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
     def _quantize(self, state: State, name: str, module: nn.Module) -> None:
         matrix = weight_matrix(module)
         check_finite(matrix, name)
         statistics = state.statistics.get(name)
-        quantized = self.solve(matrix, state.schemes[name].weights, statistics, state.ranges.get(name))
+        quantized = self.solve(
+            matrix, state.schemes[name].weights, statistics, state.ranges.get(name), state.global_scales.get(name)
+        )
         values = quantized.dequantize()
         state.layer_records.setdefault(name, {}).update(_figures(matrix, values, quantized, statistics))
         matrix.copy_(values)
@@ -273,7 +280,8 @@ def _describe(args: QuantizationArgs | None) -> str:
     if args is None:
         return "none"
     group = f", groups of {args.group_size}" if args.group_size else ""
-    return f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}{group}"
+    kind = "" if args.type == QuantizationType.INT else " (float)"
+    return f"{args.num_bits} bits{kind}, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}{group}"
 
 
 def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
@@ -296,7 +304,7 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
         if dtype not in STORED_DTYPES:
             raise BitpressError(f"{name}.weight is {dtype}: load the model in float32, float16 or bfloat16.")
         args = scheme.weights
-        if args.strategy == QuantizationStrategy.GROUP and in_features(layer) % args.group_size:
+        if args.strategy in GROUPED and in_features(layer) % args.group_size:
             problems.setdefault((args.group_size, in_features(layer)), []).append(name)
     if not problems:
         return

@@ -46,6 +46,7 @@ class State:
             absent. Layers that share their input share the object.
         ranges: scale and zero point that a modifier has chosen for a layer of the current block, for the one that
             quantizes it.
+        global_scales: of the current block's layers that have one (NVFP4): (1,), float32.
         quantized: the current block's layers that have been quantized.
         layer_records: a dictionary of figures per quantized layer, for the report.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
@@ -65,6 +66,7 @@ class State:
     activations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    global_scales: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)

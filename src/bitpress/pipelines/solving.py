@@ -95,6 +95,6 @@ def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics:
     """Let every modifier, in recipe order, solve the block."""
     state.statistics, few = share_among_experts(block, statistics, state.min_expert_tokens)
     state.few_tokens |= few
-    state.ranges = {}
+    state.ranges, state.global_scales = {}, {}
     for modifier in modifiers:
         modifier.on_block(state, block)

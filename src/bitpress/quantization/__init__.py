@@ -21,13 +21,21 @@ from bitpress.quantization.activations import (
 )
 from bitpress.quantization.formats import stored_format
 from bitpress.quantization.grid import (
-    affine_parameters,
-    check_supported,
     dequantize,
     fake_quantize,
     integer_range,
+    limits,
+    points_dtype,
     quantize,
+    round_to_points,
 )
+from bitpress.quantization.scales import (
+    affine_parameters,
+    has_global_scale,
+    shared_global_scale,
+    step_sizes,
+)
+from bitpress.quantization.supported import check_supported
 from bitpress.quantization.weights import PackedWeight, QuantizedWeight
 
 __all__ = [
@@ -42,6 +50,7 @@ __all__ = [
     "check_supported",
     "dequantize",
     "fake_quantize",
+    "has_global_scale",
     "integer_range",
     "is_preset_scheme",
     "is_static",
@@ -49,5 +58,12 @@ __all__ = [
     "quantize",
     "quantizes_activations",
     "static_tensors",
+    "limits",
+    "points_dtype",
+    "preset_name_to_scheme",
+    "quantize",
+    "round_to_points",
+    "shared_global_scale",
+    "step_sizes",
     "stored_format",
 ]

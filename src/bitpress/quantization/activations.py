@@ -17,7 +17,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch import Tensor
 
 from bitpress.errors import BitpressError
-from bitpress.quantization.grid import affine_parameters
+from bitpress.quantization.scales import affine_parameters
 
 FLOAT_BITS = (4, 6, 8)
 GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)

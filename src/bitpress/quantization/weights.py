@@ -1,53 +1,67 @@
-"""A quantized weight, loose (one integer a byte) and packed (as it is stored)."""
+"""A quantized weight, loose (one point of its grid a byte) and packed (as it is stored)."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from torch import Tensor
 
 from bitpress.quantization.formats import LOOSE, weight_only_format
 from bitpress.quantization.grid import dequantize, integer_range, quantize
+from bitpress.quantization.packing import pack_floats, unpack_floats
+from bitpress.quantization.scales import read_scale, step_sizes, stored_scale
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integers with the grid they live on.
+    """Points with the grid they live on.
 
     Attributes:
-        values: (out, in), int8.
-        scale: the stored dtype; (1,), (out, 1) or (out, groups).
+        values: (out, in): int8, or float8_e4m3fn on a grid of floats of 4, 6 or 8 bits.
+        scale: the weight's dtype, values as they are stored; (1,), (out, 1), (out, groups) or (row blocks, column
+            blocks).
         zero_point: int8, of ``scale``'s shape; all zero on a symmetric grid.
         args: the scheme of the weight.
+        global_scale: (1,), float32: what the scales are relative to, on a grid that has one (NVFP4).
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
     args: QuantizationArgs
+    global_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight as every reader of the checkpoint computes it: (out, in) in ``scale``'s dtype."""
-        return dequantize(self.values, self.scale, self._offset(), self.args)
+        steps = step_sizes(self.scale, self.global_scale)
+        return dequantize(self.values, steps, self._offset(), self.args, self.scale.dtype)
 
     def pack(self) -> "PackedWeight":
         """The same weight in ``num_bits`` bits a value."""
-        packed = pack_to_int32(self.values, self.args.num_bits)
         rows, columns = self.values.shape
-        return PackedWeight(packed, (rows, columns), self.scale, self.zero_point, self.args)
+        packed = _pack(self.values, self.args)
+        return PackedWeight(packed, (rows, columns), self.scale, self.zero_point, self.args, self.global_scale)
 
     def _offset(self) -> Tensor | None:
         return None if self.args.symmetric else self.zero_point
 
     @classmethod
-    def on_grid(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> "QuantizedWeight":
+    def on_grid(
+        cls,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        args: QuantizationArgs,
+        global_scale: Tensor | None = None,
+    ) -> "QuantizedWeight":
         """Round ``weight`` (out, in) to a given grid, in float32 whatever its dtype.
 
         A weight that :meth:`dequantize` made is found again exactly: the result dequantizes to it.
         """
         offset = None if args.symmetric else zero_point
-        found = cls(quantize(weight.float(), scale.float(), offset, args), scale, zero_point, args)
+        values = quantize(weight.float(), step_sizes(scale, global_scale).float(), offset, args)
+        found = cls(values, scale, zero_point, args, global_scale)
         if weight.dtype == torch.bfloat16 and args.num_bits == 8 and not args.symmetric:
             return found._exact(weight)
         return found
@@ -65,11 +79,13 @@ class PackedWeight:
     """What a checkpoint stores of a quantized weight, in the layout of the installed compressed-tensors.
 
     Attributes:
-        packed: (out, ceil(in * num_bits / 32)), int32 (3, 5, 6 and 7 bits: as the installed version packs them).
+        packed: integers: (out, ceil(in * num_bits / 32)), int32 (3, 5, 6 and 7 bits: as the installed version packs
+            them); floats of 8 bits: (out, in), float8_e4m3fn, of fewer: (out, in * num_bits / 8), uint8.
         shape: (out, in).
         scale: see :class:`QuantizedWeight`.
         zero_point: see :class:`QuantizedWeight`; not packed here.
         args: the scheme of the weight.
+        global_scale: see :class:`QuantizedWeight`.
     """
 
     packed: Tensor
@@ -77,54 +93,80 @@ class PackedWeight:
     scale: Tensor
     zero_point: Tensor
     args: QuantizationArgs
+    global_scale: Tensor | None = None
 
     def unpack(self) -> QuantizedWeight:
-        """The integers again, one a byte."""
-        values = unpack_from_int32(self.packed, self.args.num_bits, torch.Size(self.shape))
-        return QuantizedWeight(values.contiguous(), self.scale, self.zero_point, self.args)
+        """The points again, one a byte."""
+        values = _unpack(self.packed, self.shape, self.args)
+        return QuantizedWeight(values, self.scale, self.zero_point, self.args, self.global_scale)
 
-    def tensors(self, format: str | None = None) -> dict[str, Tensor]:
+    def tensors(self, stored_as: str | None = None) -> dict[str, Tensor]:
         """What a checkpoint stores, by the names that the tensors have behind the layer's.
 
         Args:
-            format: see :func:`bitpress.quantization.stored_format`; by default that of a scheme with these weights only.
+            stored_as: see :func:`bitpress.quantization.stored_format`; by default the format of a scheme that has these
+                weights only.
         """
-        if (format or weight_only_format(self.args)) in LOOSE:
-            stored = {"weight": self.unpack().values, "weight_scale": self.scale}
-            return stored if self.args.symmetric else {**stored, "weight_zero_point": self.zero_point}
-        stored = {
-            "weight_packed": self.packed,
-            "weight_scale": self.scale,
-            "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
-        }
+        stored = {"weight_scale": stored_scale(self.scale, self.args)}
+        if self.global_scale is not None:
+            stored["weight_global_scale"] = self.global_scale
+        if self.args.type != QuantizationType.INT:
+            return {"weight" if self.args.num_bits == 8 else "weight_packed": self.packed, **stored}
+        loose = (stored_as or weight_only_format(self.args)) in LOOSE
         if not self.args.symmetric:
-            stored["weight_zero_point"] = self._stored_zero_point()
-        return stored
+            stored["weight_zero_point"] = self.zero_point if loose else self._packed_zero_point()
+        if loose:
+            return {"weight": self.unpack().values, **stored}
+        return {"weight_packed": self.packed, "weight_shape": torch.tensor(self.shape, dtype=torch.int64), **stored}
 
-    def nbytes(self, format: str | None = None) -> int:
+    def nbytes(self, stored_as: str | None = None) -> int:
         """Bytes of :meth:`tensors` in a checkpoint."""
-        return sum(t.numel() * t.element_size() for t in self.tensors(format).values())
+        return sum(t.numel() * t.element_size() for t in self.tensors(stored_as).values())
 
-    def _stored_zero_point(self) -> Tensor:
+    def _packed_zero_point(self) -> Tensor:
         if self.args.strategy == QuantizationStrategy.TENSOR:
             return self.zero_point
         packed: Tensor = pack_to_int32(self.zero_point, self.args.num_bits, packed_dim=0)
         return packed.contiguous()
 
     @classmethod
-    def from_tensors(cls, stored: dict[str, Tensor], args: QuantizationArgs) -> "PackedWeight":
-        """Read what :meth:`tensors` wrote, in whichever format."""
-        scale = stored["weight_scale"]
-        if "weight" in stored:
-            zero_point = stored.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-            return QuantizedWeight(stored["weight"], scale, zero_point, args).pack()
-        rows, columns = (int(n) for n in stored["weight_shape"])
+    def from_tensors(
+        cls, stored: dict[str, Tensor], args: QuantizationArgs, dtype: torch.dtype = torch.bfloat16
+    ) -> "PackedWeight":
+        """Read what :meth:`tensors` wrote, in whichever format.
+
+        Args:
+            stored: the tensors.
+            args: the scheme of the weight.
+            dtype: that of the weight, where it cannot be told from the scale.
+        """
+        scale = read_scale(stored["weight_scale"], args, dtype)
         zero_point = stored.get("weight_zero_point")
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int8)
-        elif args.strategy != QuantizationStrategy.TENSOR:
+        if args.type != QuantizationType.INT:
+            packed = stored["weight" if args.num_bits == 8 else "weight_packed"]
+            shape = (packed.shape[0], packed.shape[1] * 8 // args.num_bits)
+            return cls(packed, shape, scale, zero_point, args, stored.get("weight_global_scale"))
+        if "weight" in stored:
+            return QuantizedWeight(stored["weight"], scale, zero_point, args).pack()
+        rows, columns = (int(n) for n in stored["weight_shape"])
+        if "weight_zero_point" in stored and args.strategy != QuantizationStrategy.TENSOR:
             # Not by packed_dim=0: compressed-tensors 0.20 fails at a single row of words with several groups.
             words = zero_point.T.clone(memory_format=torch.contiguous_format)
-            shape = torch.Size((scale.shape[-1], rows))
-            zero_point = unpack_from_int32(words, args.num_bits, shape).T.contiguous()
+            zero_point = unpack_from_int32(words, args.num_bits, torch.Size((scale.shape[-1], rows))).T.contiguous()
         return cls(stored["weight_packed"], (rows, columns), scale, zero_point, args)
+
+
+def _pack(values: Tensor, args: QuantizationArgs) -> Tensor:
+    if args.type != QuantizationType.INT:
+        return values if args.num_bits == 8 else pack_floats(values, args.num_bits)
+    packed: Tensor = pack_to_int32(values, args.num_bits)
+    return packed
+
+
+def _unpack(packed: Tensor, shape: tuple[int, int], args: QuantizationArgs) -> Tensor:
+    if args.type != QuantizationType.INT:
+        return packed if args.num_bits == 8 else unpack_floats(packed, args.num_bits)
+    values: Tensor = unpack_from_int32(packed, args.num_bits, torch.Size(shape))
+    return values.contiguous()

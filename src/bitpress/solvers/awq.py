@@ -18,7 +18,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from bitpress.quantization.grid import SEARCH_CHUNK, affine_floats, group_view, off_grid
+from bitpress.quantization.grid import SEARCH_CHUNK, beside, block_shape, group_view, off_grid, spread
+from bitpress.quantization.scales import affine_floats, global_scale_of, has_global_scale
 from bitpress.solvers.ranges import weight_ranges
 
 # (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
@@ -138,8 +139,14 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     rows = 0
     for weight, layer in zip(weights, layers, strict=True):
-        view = group_view(weight.abs(), layer.args)
-        relative = view / view.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        absolute, block = weight.abs(), block_shape(layer.args)
+        if block is None:
+            view = group_view(absolute, layer.args)
+            greatest = view.amax(dim=-1, keepdim=True)
+        else:
+            view = absolute.unsqueeze(1)
+            greatest = spread(weight_ranges(absolute, layer.args)[1], absolute.shape, block).unsqueeze(1)
+        relative = view / greatest.clamp_(min=torch.finfo(torch.float32).tiny)
         total += relative.flatten(1).sum(0)
         rows += weight.shape[0]
     return total / rows
@@ -149,8 +156,9 @@ def _race(
     layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
 ) -> tuple[int, dict[int, float]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
+    peaks = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
     rows = [
-        _row_errors(layer, weight, slice(None), gram, scales[:1])[0]
+        _row_errors(layer, weight, slice(None), gram, scales[:1], peaks)[0]
         for layer, weight in zip(layers, weights, strict=True)
     ]
     untouched = sum(float(r.double().sum()) for r in rows)
@@ -164,8 +172,9 @@ def _race(
         if until == seen:
             continue  # few rows: no more is known than after the round before
         for layer, weight in zip(layers, weights, strict=True):
-            of_round = slice(weight.shape[0] * seen // parts, weight.shape[0] * until // parts)
-            found = _row_errors(layer, weight, of_round, gram, scales[alive])
+            height = _height(layer)
+            first, last = (height * (-(-weight.shape[0] // height) * part // parts) for part in (seen, until))
+            found = _row_errors(layer, weight, slice(first, last), gram, scales[alive], peaks)
             errors[alive] += found.double().sum(1).cpu()
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
@@ -175,39 +184,65 @@ def _race(
     return best, {0: untouched, best: float(errors[best])}
 
 
+def _height(layer: BalanceWeight) -> int:
+    """Rows that share a range, and so are scored together; 1 where all do, or none."""
+    block = block_shape(layer.args)
+    return block[0] if block else 1
+
+
 def _order(layer: BalanceWeight, errors: Tensor) -> Tensor:
     """The rows that hold most of the error first: they decide. Where rows share a range, every so many rows instead."""
+    if layer.args.strategy == QuantizationStrategy.BLOCK:
+        return torch.arange(len(errors), device=errors.device)
     if layer.args.strategy != QuantizationStrategy.TENSOR:
         return errors.argsort(descending=True)
     rows = torch.arange(len(errors), device=errors.device)
     return torch.cat([rows[i::PARTS] for i in range(PARTS)])
 
 
-def _row_errors(layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor) -> Tensor:
-    """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows)."""
+def _row_errors(
+    layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor, peaks: Tensor
+) -> Tensor:
+    """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows).
+
+    ``peaks`` (in,) are the greatest magnitudes of all layers' columns: a candidate's global scale follows from them.
+    """
     errors = weight.new_empty(len(scales), len(weight[rows]))
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
+    globals_ = (
+        [global_scale_of((s * peaks).amax().reshape(1), layer.args) for s in scales]
+        if has_global_scale(layer.args)
+        else [None] * len(scales)
+    )
+    height = _height(layer)
     done = 0
-    for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1])):
+    for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
         buffer = part.new_empty(min(CANDIDATES, len(scales)), *part.shape)
         scratch = torch.empty_like(part)
         for first in range(0, len(scales), CANDIDATES):
-            chosen = scales[first : first + CANDIDATES]
-            delta = buffer[: len(chosen)]
-            for s, out in zip(chosen, delta, strict=True):
-                _delta(layer, whole, part, s, out, scratch)
+            chosen = slice(first, first + CANDIDATES)
+            delta = buffer[: len(scales[chosen])]
+            for s, global_scale, out in zip(scales[chosen], globals_[chosen], delta, strict=True):
+                _delta(layer, whole, part, s, global_scale, out, scratch)
             product = (delta.flatten(0, 1) @ gram).view_as(delta)
-            errors[first : first + len(chosen), done : done + len(part)] = product.mul_(delta).sum(-1)
+            errors[first : first + len(delta), done : done + len(part)] = product.mul_(delta).sum(-1)
         done += len(part)
     return errors
 
 
-def _delta(layer: BalanceWeight, whole: Tensor | None, part: Tensor, s: Tensor, out: Tensor, scratch: Tensor) -> None:
+def _delta(
+    layer: BalanceWeight,
+    whole: Tensor | None,
+    part: Tensor,
+    s: Tensor,
+    global_scale: Tensor | None,
+    out: Tensor,
+    scratch: Tensor,
+) -> None:
     """Write ``Q(W s) / s - W`` of the rows ``part`` to ``out``; ``whole`` is the weight if all rows share a range."""
     args = layer.args
     torch.mul(part, s, out=out)
     ranges = weight_ranges(out if whole is None else whole * s, args)
-    scale, zero_point = (p.unsqueeze(-1) for p in affine_floats(*ranges, args, layer.dtype))
-    view = group_view(out, args)
-    off_grid(view, scale, zero_point, args, out=view, scratch=group_view(scratch, args)).mul_(scale)
+    view, (step, zero_point) = beside(out, affine_floats(*ranges, args, layer.dtype, global_scale), args)
+    off_grid(view, step, zero_point, args, out=view, scratch=scratch.view_as(view)).mul_(step)
     out.mul_(s.reciprocal())

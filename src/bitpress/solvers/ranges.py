@@ -8,18 +8,22 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from bitpress.errors import BitpressError
-from bitpress.quantization.grid import SEARCH_CHUNK, affine_floats, affine_parameters, group_view, off_grid
+from bitpress.quantization.grid import GROUPED, SEARCH_CHUNK, block_shape, group_view, off_grid, padded
+from bitpress.quantization.scales import affine_floats, affine_parameters, has_global_scale, shared_global_scale
 from bitpress.quantization.weights import QuantizedWeight
 
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.68)
 
 
-def minmax_parameters(weight: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def minmax_parameters(
+    weight: Tensor, args: QuantizationArgs, dtype: torch.dtype, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale (``dtype``) and zero point (int8) of the grids that span each group of ``weight`` (..., out, in), float32.
 
-    Shapes, behind the leading dimensions: (1,) per tensor, (out, 1) per channel, (out, groups) per group.
+    Shapes, behind the leading dimensions: (1,) per tensor, (out, 1) per channel, (out, groups) per group, (row blocks,
+    column blocks) per block. ``global_scale`` is what scales are relative to, where the scheme has one.
     """
-    return affine_parameters(*weight_ranges(weight, args), args, dtype)
+    return affine_parameters(*weight_ranges(weight, args), args, dtype, global_scale)
 
 
 def weight_ranges(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
@@ -27,13 +31,23 @@ def weight_ranges(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tenso
     if args.strategy == QuantizationStrategy.TENSOR:
         view = weight.flatten(-2)
         return view.amin(-1, keepdim=True), view.amax(-1, keepdim=True)
+    block = block_shape(args)
+    if block is not None:
+        rows, columns = block
+        blocks = padded(weight, block).unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+        return blocks.amin((-3, -1)), blocks.amax((-3, -1))
     # Two vectorized passes: on a CPU four times as fast as aminmax, which is not.
     view = group_view(weight, args)
     return view.amin(-1), view.amax(-1)
 
 
 def search_parameters(
-    weight: Tensor, args: QuantizationArgs, gram: Tensor, dtype: torch.dtype, shrinks: Sequence[float] = SHRINKS
+    weight: Tensor,
+    args: QuantizationArgs,
+    gram: Tensor,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+    shrinks: Sequence[float] = SHRINKS,
 ) -> tuple[Tensor, Tensor]:
     """Ranges that are shrunk where clipping a few values costs less than it gains: AWQ's clip, without its forwards.
 
@@ -45,7 +59,8 @@ def search_parameters(
         weight: (out, in), any float dtype; searched in float32.
         args: the scheme; a per-tensor one is not searched.
         gram: (in, in), float32.
-        dtype: what scales are stored in.
+        dtype: that of the weight, and of its scales.
+        global_scale: (1,), float32: what scales are relative to, where the scheme has one.
         shrinks: the factors that are tried, the first of which should be 1.
 
     Returns:
@@ -54,47 +69,70 @@ def search_parameters(
     weight = weight.float()
     if args.strategy == QuantizationStrategy.TENSOR:
         return minmax_parameters(weight, args, dtype)
-    size = args.group_size if args.strategy == QuantizationStrategy.GROUP else weight.shape[1]
+    block = block_shape(args)
+    if block is not None:
+        # Zeros are on every grid: they cost nothing.
+        weight = padded(weight, block)
+        gram = padded(gram, (block[1], block[1]))
+    height = block[0] if block else 1
+    size = block[1] if block else args.group_size if args.strategy in GROUPED else weight.shape[1]
     blocks = torch.stack([gram[i : i + size, i : i + size] for i in range(0, weight.shape[1], size)])
-    step = max(1, SEARCH_CHUNK // weight.shape[1])
-    found = [_search_rows(rows, args, blocks, dtype, shrinks) for rows in weight.split(step)]
+    step = max(1, SEARCH_CHUNK // weight.shape[1] // height) * height
+    found = [_search_rows(rows, args, blocks, dtype, global_scale, shrinks, height) for rows in weight.split(step)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
 
 
 def _search_rows(
-    rows: Tensor, args: QuantizationArgs, blocks: Tensor, dtype: torch.dtype, shrinks: Sequence[float]
+    rows: Tensor,
+    args: QuantizationArgs,
+    blocks: Tensor,
+    dtype: torch.dtype,
+    global_scale: Tensor | None,
+    shrinks: Sequence[float],
+    height: int,
 ) -> tuple[Tensor, Tensor]:
-    """The search on a few rows; ``blocks`` is (groups, size, size)."""
-    view = group_view(rows, args).transpose(0, 1).contiguous()
-    minimum, maximum = view.amin(-1), view.amax(-1)
+    """The search on a few rows; ``blocks`` is (groups, size, size), and ``height`` rows share a range."""
+    view = rows.unflatten(-1, (-1, blocks.shape[-1])).transpose(0, 1).contiguous()
+    # Groups and the rows that share their ranges: a view of the same numbers, in which a range is one row.
+    joined = view.view(view.shape[0], -1, height * view.shape[-1])
+    minimum, maximum = joined.amin(-1), joined.amax(-1)
     error, scratch, product = torch.empty_like(view), torch.empty_like(view), torch.empty_like(view)
     least = torch.full_like(minimum, math.inf)
     chosen = torch.ones_like(minimum)
     for shrink in shrinks:
-        s, z = affine_floats(minimum * shrink, maximum * shrink, args, dtype)
-        off_grid(view, s.unsqueeze(-1), z.unsqueeze(-1), args, out=error, scratch=scratch)
+        s, z = affine_floats(minimum * shrink, maximum * shrink, args, dtype, global_scale)
+        off_grid(
+            joined, s.unsqueeze(-1), z.unsqueeze(-1), args, out=error.view_as(joined), scratch=scratch.view_as(joined)
+        )
         # In steps; a group's error is its scale times that.
-        cost = torch.bmm(error, blocks, out=product).mul_(error).sum(-1).mul_(s).mul_(s)
+        cost = torch.bmm(error, blocks, out=product).mul_(error).view_as(joined).sum(-1).mul_(s).mul_(s)
         chosen.masked_fill_(cost < least, shrink)
         torch.minimum(cost, least, out=least)
-    scale, zero_point = affine_parameters(minimum * chosen, maximum * chosen, args, dtype)
+    scale, zero_point = affine_parameters(minimum * chosen, maximum * chosen, args, dtype, global_scale)
     return scale.T.contiguous(), zero_point.T.contiguous()
 
 
 def round_to_nearest(
-    weight: Tensor, args: QuantizationArgs, dtype: torch.dtype, ranges: tuple[Tensor, Tensor] | None = None
+    weight: Tensor,
+    args: QuantizationArgs,
+    dtype: torch.dtype,
+    ranges: tuple[Tensor, Tensor] | None = None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedWeight:
     """Each value to the nearest point of its group's grid.
 
     Args:
         weight: (out, in), any float dtype; rounded in float32.
         args: the scheme.
-        dtype: what scales are stored in.
+        dtype: that of the weight, and of its scales.
         ranges: scale and zero point; by default the grid spans the group's least and greatest value.
+        global_scale: (1,), float32: what scales are relative to; by default, where the scheme has one, the weight's.
     """
     weight = weight.float()
-    scale, zero_point = minmax_parameters(weight, args, dtype) if ranges is None else ranges
-    return QuantizedWeight.on_grid(weight, scale, zero_point, args)
+    if global_scale is None and has_global_scale(args):
+        global_scale = shared_global_scale([weight], args)
+    scale, zero_point = minmax_parameters(weight, args, dtype, global_scale) if ranges is None else ranges
+    return QuantizedWeight.on_grid(weight, scale, zero_point, args, global_scale)
 
 
 def check_finite(weight: Tensor, name: str) -> None:

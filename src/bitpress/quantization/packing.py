@@ -1,0 +1,67 @@
+"""Floats of 4 and 6 bits, packed into bytes as compressed-tensors packs them."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from bitpress.quantization.grid import CHUNK, FLOATS
+
+E4M3 = torch.float8_e4m3fn
+# Values that fill whole bytes, and how many bytes these are.
+UNITS = {4: (2, 1), 6: (4, 3)}
+
+
+def pack_floats(points: Tensor, bits: int) -> Tensor:
+    """The codes of ``points`` (out, in), float8_e4m3fn, without gaps: (out, in * bits / 8), uint8.
+
+    The sign is a code's highest bit; the first of the values that share a byte has its lowest bits.
+    """
+    values, size = UNITS[bits]
+    parts = []
+    for part in points.split(max(1, CHUNK // max(1, points.shape[1]))):
+        indices = part.contiguous().view(torch.uint8).int()
+        codes = _code_of_byte(bits, points.device)[indices].unflatten(-1, (-1, values))
+        word = codes[..., 0].clone()
+        for i in range(1, values):
+            word |= codes[..., i] << (bits * i)
+        parts.append(torch.stack([(word >> (8 * i)) & 0xFF for i in range(size)], -1).to(torch.uint8).flatten(-2))
+    return torch.cat(parts)
+
+
+def unpack_floats(packed: Tensor, bits: int) -> Tensor:
+    """The points again, float8_e4m3fn: what :func:`pack_floats` packed."""
+    values, size = UNITS[bits]
+    out = torch.empty(packed.shape[0], packed.shape[1] // size * values, dtype=torch.uint8, device=packed.device)
+    step = max(1, CHUNK // max(1, out.shape[1]))
+    for part, of_part in zip(packed.split(step), out.split(step), strict=True):
+        given = part.unflatten(-1, (-1, size)).int()
+        word = given[..., 0].clone()
+        for i in range(1, size):
+            word |= given[..., i] << (8 * i)
+        codes = torch.stack([(word >> (bits * i)) & ((1 << bits) - 1) for i in range(values)], -1)
+        of_part.copy_(_byte_of_code(bits, packed.device)[codes.flatten(-2)])
+    return out.view(E4M3)
+
+
+@functools.cache
+def _byte_of_code(bits: int, device: torch.device) -> Tensor:
+    """The float8_e4m3fn, as a byte, that each code stands for."""
+    floats = FLOATS[bits]
+    fractions = 1 << floats.mantissa
+    magnitudes = []
+    for code in range(1 << (bits - 1)):
+        exponent, fraction = divmod(code, fractions)
+        magnitude = fraction / fractions if exponent == 0 else (1 + fraction / fractions) * 2.0 ** (exponent - 1)
+        magnitudes.append(magnitude * 2.0**floats.exponent)
+    values = torch.tensor([*magnitudes, *(-m for m in magnitudes)], dtype=torch.float32)
+    return values.to(E4M3).view(torch.uint8).to(device)
+
+
+@functools.cache
+def _code_of_byte(bits: int, device: torch.device) -> Tensor:
+    """The code of each float8_e4m3fn, by its byte; meaningless for those that are no point of the grid."""
+    codes = torch.zeros(256, dtype=torch.int32, device=device)
+    count = 1 << bits
+    codes[_byte_of_code(bits, device).int()] = torch.arange(count, dtype=torch.int32, device=device)
+    return codes
