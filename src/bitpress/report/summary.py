@@ -3,6 +3,8 @@
 from importlib.metadata import version
 from typing import Any
 
+from compressed_tensors.quantization import DynamicType
+
 from bitpress.models.experts import find_layer
 from bitpress.pipelines.data import CalibrationData
 from bitpress.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
@@ -56,7 +58,7 @@ def _activations(session: Session, name: str, grids: dict[str, QuantizationArgs 
             "bits": args.num_bits,
             "type": QuantizationType(args.type).value,
             "strategy": QuantizationStrategy(args.strategy).value,
-            "dynamic": args.dynamic if isinstance(args.dynamic, bool) else args.dynamic.value,
+            "dynamic": args.dynamic if isinstance(args.dynamic, bool) else DynamicType(args.dynamic).value,
             **{kind: t.flatten().tolist() for kind, t in tensors.items() if kind.startswith(f"{base}_")},
         }
         for base, args in grids.items()
