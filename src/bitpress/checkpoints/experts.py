@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitpress.checkpoints.attached import scheme_of
 from bitpress.models.experts import ExpertLinear, FusedExperts, fused_experts
 from bitpress.models.stacks import Projection
+from bitpress.quantization import stored_format
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +209,11 @@ def choose_packed(
             type(unread[0].experts.module).__name__,
         )
     fused = [layer for s in apart if s.by_transformers and not s.as_layers for layer in s.experts.layers.values()]
+    if any(stored_format(scheme_of(layer)) == "int-quantized" for layer in fused):
+        logger.warning(
+            "the experts are stored as integers of a byte each: vLLM reads them, but transformers up to 5.23 stops with "
+            'an error. Use bitpress.load, or format="pack-quantized" in the scheme of the experts.'
+        )
     if any(not scheme_of(layer).weights.symmetric for layer in fused):
         logger.warning(
             "the experts are stored with zero points: vLLM reads them, but transformers up to 5.23 stops with an "

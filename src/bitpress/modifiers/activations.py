@@ -98,6 +98,15 @@ def readable_activations(model: nn.Module, schemes: Mapping[str, QuantizationSch
             f"no reader quantizes the activations of {names[0]} ({kind}), nor of any other layer of "
             f"{type(model).__name__} that is targeted: use a scheme of weights only."
         )
+    of_experts = [
+        n for n, s in readable.items() if s.input_activations and isinstance(find_layer(model, n), ExpertLinear)
+    ]
+    if of_experts:
+        logger.warning(
+            "servers will quantize the inputs of the experts (%d layers, %s first); here and in transformers, which "
+            "compute all experts at once, these stay as they are.",
+            len(of_experts), of_experts[0],
+        )  # fmt: skip
     for kind, names in left.items():
         logger.warning(
             "%d layers (%s; %s) keep their activations as they are: no reader of the checkpoint quantizes these.",
@@ -169,6 +178,12 @@ def attention_schemes(
             )
         for name in matched:
             schemes.setdefault(name, AttentionScheme(group, queries=True))
+    left = [name for name in found if name not in schemes]
+    if groups and left:
+        raise BitpressError(
+            f"{left[0]} is in no config group, though others of its kind are: compressed-tensors quantizes the "
+            f"attention of all of a model or of none. Give {', '.join(groups)} targets that match it too."
+        )
     if kv_cache_scheme is not None:
         try:
             check_activations(kv_cache_scheme, OF_ATTENTION)

@@ -104,7 +104,7 @@ class Session:
             with self._calibrating(), self._tapped(), self.state.watch.phase("dry run"):
                 try:
                     self._order = self._dry_run(self._prepared(data.probe()))
-                except AttributeError as error:
+                except (AttributeError, AssertionError) as error:
                     if not self.state.attentions:
                         raise
                     raise BitpressError(
