@@ -21,6 +21,7 @@ from bitpress.checkpoints import directory as directories
 from bitpress.checkpoints.pretrained import load_pretrained
 from bitpress.models.experts import find_layer, fused_experts, named_layers
 from bitpress.modifiers import QuantizationModifier
+from bitpress.quantization import preset_name_to_scheme
 
 MERGED = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "ernie4_5_moe"]
 """transformers merges one weight per expert when it loads these."""
@@ -167,6 +168,28 @@ def test_a_loaded_model_is_saved_again_to_the_same_tensors(family, symmetric, so
     loaded = bitpress.load(tmp_path / "out")
     assert_saved_again(loaded, tmp_path / "out", tmp_path / "again")
     assert torch.equal(answer(bitpress.load(tmp_path / "again"), family), answer(model, family))
+
+
+FLOATS = {"FP8": None, "FP8_DYNAMIC": None, "MXFP4A16": None, "MXFP8A16": "several scales", "NVFP4A16": "global scales"}
+"""Presets, and what transformers cannot read of experts that are stored so."""
+
+
+@pytest.mark.parametrize("preset", FLOATS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4"])
+def test_floats(family, preset, sources, tmp_path, caplog):
+    weights = preset_name_to_scheme(preset, ["Linear"]).model_copy(update={"input_activations": None})
+    recipe = QuantizationModifier(scheme=weights, ignore=["lm_head"])
+    model = oneshot(sources(family, torch.bfloat16), None, recipe)
+    model.save_pretrained(tmp_path / "out")
+    assert any(".experts.1." in name and name.endswith("weight_scale") for name in tensors_of(tmp_path / "out"))
+    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    unread = None if family == "llama4" else FLOATS[preset]  # its experts become layers
+    if unread:
+        assert unread in caplog.text
+        assert "bitpress.load" in caplog.text
+    else:
+        assert "transformers" not in caplog.text
+        assert torch.equal(answer(type(model).from_pretrained(tmp_path / "out", dtype="auto")), answer(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -199,7 +199,7 @@ def test_a_scheme_without_weights_is_refused(model):
 @pytest.mark.parametrize(
     "weights",
     [
-        {"num_bits": 8, "type": "float"},
+        {"num_bits": 8, "type": "float", "symmetric": False},
         {"num_bits": 4, "strategy": "token", "dynamic": True},
         {"num_bits": 16},
         {"num_bits": 1},

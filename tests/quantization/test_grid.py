@@ -333,7 +333,7 @@ class TestCheckSupported:
         [
             ({"num_bits": 1}, r"num_bits 1 .*2 to 8"),
             ({"num_bits": 9}, r"num_bits 9 .*2 to 8"),
-            ({"num_bits": 5, "type": "float"}, r"type float with num_bits 5 .*4, 6 or 8"),
+            ({"num_bits": 5, "type": "float", "zp_dtype": torch.int8}, r"type float with num_bits 5 .*4, 6 or 8"),
             ({"num_bits": 8, "type": "float", "symmetric": False}, r"symmetric=False .*True"),
             ({"num_bits": 4, "type": "float"}, r"4 bits .*NVFP4A16.*MXFP4A16"),
             ({"num_bits": 4, "type": "float", "group_size": 32}, r"scale_dtype"),

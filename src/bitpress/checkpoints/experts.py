@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import scheme_of
 from bitpress.models.experts import ExpertLinear, FusedExperts, fused_experts
 from bitpress.models.stacks import Projection
-from bitpress.quantization import stored_format
+from bitpress.quantization import QuantizationScheme, has_global_scale, stored_format
+from bitpress.quantization.formats import PACKED
 
 logger = logging.getLogger(__name__)
 
@@ -209,17 +211,28 @@ def choose_packed(
             type(unread[0].experts.module).__name__,
         )
     fused = [layer for s in apart if s.by_transformers and not s.as_layers for layer in s.experts.layers.values()]
-    if any(stored_format(scheme_of(layer)) == "int-quantized" for layer in fused):
+    unfit = next((why for why in map(_why_not_fused, map(scheme_of, fused)) if why), None)
+    if unfit:
         logger.warning(
-            "the experts are stored as integers of a byte each: vLLM reads them, but transformers up to 5.23 stops with "
-            'an error. Use bitpress.load, or format="pack-quantized" in the scheme of the experts.'
-        )
-    if any(not scheme_of(layer).weights.symmetric for layer in fused):
-        logger.warning(
-            "the experts are stored with zero points: vLLM reads them, but transformers up to 5.23 stops with an "
-            "error. Use bitpress.load, or symmetric=True for the experts."
+            "the experts are stored %s: vLLM reads them, but transformers up to 5.23 %s. Use bitpress.load, or another "
+            "scheme for the experts.",
+            *unfit,
         )
     return apart, whole
+
+
+def _why_not_fused(scheme: QuantizationScheme) -> tuple[str, str] | None:
+    """What transformers cannot join to one parameter for all experts, and what it does; None if it can."""
+    args = scheme.weights
+    fails = "stops with an error"
+    if args.type == QuantizationType.INT:
+        if not args.symmetric:
+            return "with zero points", fails
+        return None if stored_format(scheme) == PACKED else ("one integer a byte", fails)
+    if has_global_scale(args):
+        return "with global scales", "leaves these out, without an error"
+    plain = args.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.CHANNEL)
+    return None if args.num_bits < 8 or plain else ("with several scales a row", fails)
 
 
 def expert_targets(stored: Sequence[StoredExperts]) -> list[str]:

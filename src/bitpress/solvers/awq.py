@@ -156,7 +156,8 @@ def _race(
     layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
 ) -> tuple[int, dict[int, float]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
-    peaks = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    relative = any(has_global_scale(layer.args) for layer in layers)
+    peaks = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0) if relative else None
     rows = [
         _row_errors(layer, weight, slice(None), gram, scales[:1], peaks)[0]
         for layer, weight in zip(layers, weights, strict=True)
@@ -201,19 +202,16 @@ def _order(layer: BalanceWeight, errors: Tensor) -> Tensor:
 
 
 def _row_errors(
-    layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor, peaks: Tensor
+    layer: BalanceWeight, weight: Tensor, rows: slice, gram: Tensor, scales: Tensor, peaks: Tensor | None
 ) -> Tensor:
     """The diagonal of ``dW H dW^T`` for some rows of a layer and each of ``scales``: (candidates, rows).
 
-    ``peaks`` (in,) are the greatest magnitudes of all layers' columns: a candidate's global scale follows from them.
+    ``peaks`` (in,) are the greatest magnitudes of all layers' columns, from which a candidate's global scale follows;
+    None where no layer has one.
     """
     errors = weight.new_empty(len(scales), len(weight[rows]))
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
-    globals_ = (
-        [global_scale_of((s * peaks).amax().reshape(1), layer.args) for s in scales]
-        if has_global_scale(layer.args)
-        else [None] * len(scales)
-    )
+    globals_ = [_global_scale(layer, s, peaks) for s in scales]
     height = _height(layer)
     done = 0
     for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
@@ -228,6 +226,12 @@ def _row_errors(
             errors[first : first + len(delta), done : done + len(part)] = product.mul_(delta).sum(-1)
         done += len(part)
     return errors
+
+
+def _global_scale(layer: BalanceWeight, s: Tensor, peaks: Tensor | None) -> Tensor | None:
+    if peaks is None or not has_global_scale(layer.args):
+        return None
+    return global_scale_of((s * peaks).amax().reshape(1), layer.args)
 
 
 def _delta(
