@@ -251,7 +251,7 @@ def test_two_modifiers_must_agree_where_they_overlap():
     first = QuantizationModifier(targets=["re:.*mlp.*"], scheme=scheme(bits=8))
     same = QuantizationModifier(targets=["re:.*mlp.*"], scheme=scheme(bits=8))
     other = QuantizationModifier(targets=["re:.*up_proj$"], scheme=scheme(bits=4))
-    message = refused(tiny.llama(), "disagree about model.layers.0.mlp.up_proj", first, other)
+    message = refused(tiny.llama(), "disagree about the weights of model.layers.0.mlp.up_proj", first, other)
     assert "8 bits" in message
     assert "4 bits" in message
     session = Session(tiny.llama(), [first, same])

@@ -159,31 +159,8 @@ def attention_schemes(
             f"Its attentions are of class {', '.join(kinds) or '(none)'}."
         )
     _heads(model)
-    for name, module in found.items():
-        taken = next((f"{state}_scale" for state in "qkv" if hasattr(module, f"{state}_scale")), None)
-        if taken is not None:
-            raise BitpressError(
-                f"the states of {name} cannot be quantized: {type(module).__name__} has a {taken} of its own, where "
-                "compressed-tensors keeps its scale."
-            )
-    schemes: dict[str, AttentionScheme] = {}
-    for label, group in groups.items():
-        check_group(label, group)
-        matched = [n for n, m in found.items() if is_match(n, m, group.targets) and not is_match(n, m, ignore)]
-        if not matched:
-            kinds = sorted({type(module).__name__ for module in found.values()})
-            raise BitpressError(
-                f"config group {label!r} has no weights, and its targets {group.targets} match no attention "
-                f"({', '.join(kinds)}): give it weights=, or targets that are attention modules."
-            )
-        for name in matched:
-            schemes.setdefault(name, AttentionScheme(group, queries=True))
-    left = [name for name in found if name not in schemes]
-    if groups and left:
-        raise BitpressError(
-            f"{left[0]} is in no config group, though others of its kind are: compressed-tensors quantizes the "
-            f"attention of all of a model or of none. Give {', '.join(groups)} targets that match it too."
-        )
+    _check_names(found)
+    schemes = _of_groups(groups, found, ignore)
     if kv_cache_scheme is not None:
         try:
             check_activations(kv_cache_scheme, OF_ATTENTION)
@@ -215,6 +192,40 @@ def resolve_attentions(
                 )
             schemes[name], owners[name] = scheme, modifier
     return schemes, owners
+
+
+def _check_names(attentions: Mapping[str, nn.Module]) -> None:
+    for name, module in attentions.items():
+        taken = next((f"{state}_scale" for state in "qkv" if hasattr(module, f"{state}_scale")), None)
+        if taken is not None:
+            raise BitpressError(
+                f"the states of {name} cannot be quantized: {type(module).__name__} has a {taken} of its own, where "
+                "compressed-tensors keeps its scale."
+            )
+
+
+def _of_groups(
+    groups: Mapping[str, QuantizationScheme], found: Mapping[str, nn.Module], ignore: list[str]
+) -> dict[str, AttentionScheme]:
+    schemes: dict[str, AttentionScheme] = {}
+    for label, group in groups.items():
+        check_group(label, group)
+        matched = [n for n, m in found.items() if is_match(n, m, group.targets) and not is_match(n, m, ignore)]
+        if not matched:
+            kinds = sorted({type(module).__name__ for module in found.values()})
+            raise BitpressError(
+                f"config group {label!r} has no weights, and its targets {group.targets} match no attention "
+                f"({', '.join(kinds)}): give it weights=, or targets that are attention modules."
+            )
+        for name in matched:
+            schemes.setdefault(name, AttentionScheme(group, queries=True))
+    left = [name for name in found if name not in schemes]
+    if groups and left:
+        raise BitpressError(
+            f"{left[0]} is in no config group, though others of its kind are: compressed-tensors quantizes the "
+            f"attention of all of a model or of none. Give {', '.join(groups)} targets that match it too."
+        )
+    return schemes
 
 
 def make_taps(
