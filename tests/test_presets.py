@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bitpress
-from bitpress import oneshot
-from bitpress.modifiers import AWQModifier, QuantizationModifier
+from bitpress import BitpressError, oneshot
+from bitpress.modifiers import AWQModifier, GPTQModifier, QuantizationModifier
 from bitpress.modifiers.quantization import PRESETS
-from bitpress.quantization import preset_name_to_scheme
+from bitpress.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from bitpress.quantization.scales import ScaleKind, scale_kind
 
 WEIGHT_ONLY = [name for name in PRESETS if "input_activations" not in PRESET_SCHEMES[name]]
@@ -113,6 +113,25 @@ def test_formats_side_by_side(source, tmp_path):
     assert config.quantization_config.format == "mixed-precision"
     assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
     assert same_logits(bitpress.load(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_do_not_divide(dtype, source, tmp_path, caplog):
+    weights = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[48, 80])
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    model = oneshot(model_of(source, dtype), None, QuantizationModifier(scheme=scheme, ignore=["lm_head"]))
+    assert "blocks of 80 columns do not divide the 128 inputs of model.layers.0.self_attn.q_proj" in caplog.text
+    assert model.get_submodule(Q_PROJ).weight_scale.shape == (3, 2)
+    model.save_pretrained(tmp_path / "out")
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), model)
+    assert same_logits(bitpress.load(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "NVFP4A16"])
+def test_gptq_does_not_know_floats(preset, source):
+    model = model_of(source, torch.bfloat16)
+    with pytest.raises(BitpressError, match=r"q_proj has floats: use QuantizationModifier"):
+        oneshot(model, token_ids(), GPTQModifier(scheme=weights_of(preset), ignore=["lm_head"]))
 
 
 @pytest.mark.parametrize("preset", ["FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"])

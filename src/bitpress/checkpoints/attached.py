@@ -111,7 +111,7 @@ def is_quantized(model: nn.Module) -> str | None:
     if method is not None:
         return "its config has a quantization_config"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("weight_packed", "qweight")) or (name.endswith("weight") and not tensor.is_floating_point()):
+        if name.endswith(("weight_packed", "qweight")) or (name.endswith("weight") and tensor.element_size() == 1):
             return f"{name} is a packed weight"
     return None
 

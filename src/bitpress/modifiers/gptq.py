@@ -5,9 +5,10 @@ import logging
 from pydantic import Field
 from torch import Tensor
 
+from bitpress.errors import BitpressError
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.modifiers.state import State
-from bitpress.quantization import QuantizationArgs, QuantizedWeight
+from bitpress.quantization import QuantizationArgs, QuantizationType, QuantizedWeight
 from bitpress.solvers import gptq
 from bitpress.statistics import InputStatistics, Statistic
 
@@ -28,6 +29,14 @@ class GPTQModifier(QuantizationModifier):
 
     dampening_frac: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=128, ge=1)
+
+    def on_initialize(self, state: State) -> None:
+        """Refuse grids that the solver does not know."""
+        for name, scheme in state.schemes.items():
+            if state.owners.get(name) is self and scheme.weights.type != QuantizationType.INT:
+                raise BitpressError(
+                    f"GPTQModifier rounds to integers, and the scheme of {name} has floats: use QuantizationModifier."
+                )
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """The Gram matrix of the layers that this modifier quantizes."""

@@ -39,7 +39,7 @@ from bitpress.quantization import (
     static_tensors,
     stored_format,
 )
-from bitpress.quantization.grid import GROUPED
+from bitpress.quantization.grid import GROUPED, block_shape
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
@@ -298,6 +298,7 @@ def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
 def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
     """Every problem at once: group sizes that do not divide, dtypes that cannot hold a scale."""
     problems: dict[tuple[int, int], list[str]] = {}
+    ragged: dict[tuple[int, int], list[str]] = {}
     for name, scheme in schemes.items():
         layer = find_layer(model, name)
         dtype = weight_matrix(layer).dtype
@@ -306,15 +307,28 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
         args = scheme.weights
         if args.strategy in GROUPED and in_features(layer) % args.group_size:
             problems.setdefault((args.group_size, in_features(layer)), []).append(name)
+        block = block_shape(args)
+        if block is not None and in_features(layer) % block[1]:
+            ragged.setdefault((block[1], in_features(layer)), []).append(name)
     if not problems:
+        for (columns, width), names in ragged.items():
+            logger.warning(
+                "blocks of %d columns do not divide the %d inputs of %s: transformers reads them, but vLLM's kernels "
+                "want whole blocks. Add the layers to ignore if it is to serve the model.", columns, width, _some(names),
+            )  # fmt: skip
         return
     lines = []
     for (group, width), names in problems.items():
         fits = ", ".join(str(d) for d in (256, 128, 96, 64, 48, 32, 16, 8) if width % d == 0) or "none of the usual"
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        where = f"{', '.join(names[:3])}{more}"
-        lines.append(f"group_size {group} does not divide the {width} inputs of {where} (sizes that fit: {fits})")
+        lines.append(
+            f"group_size {group} does not divide the {width} inputs of {_some(names)} (sizes that fit: {fits})"
+        )
     raise BitpressError("; ".join(lines) + ". Choose a size that fits, or add the layers to ignore.")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _drop_routers(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
