@@ -314,7 +314,7 @@ def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> N
         for (columns, width), names in ragged.items():
             logger.warning(
                 "blocks of %d columns do not divide the %d inputs of %s: transformers reads them, but vLLM's kernels "
-                "want whole blocks. Add the layers to ignore if it is to serve the model.", columns, width, _some(names),
+                "want whole blocks. Add the layers to ignore if it is to serve them.", columns, width, _some(names),
             )  # fmt: skip
         return
     lines = []

@@ -4,15 +4,26 @@ import math
 from collections.abc import Sequence
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from torch import Tensor
 
 from bitpress.errors import BitpressError
 from bitpress.quantization.grid import GROUPED, SEARCH_CHUNK, block_shape, group_view, off_grid, padded
-from bitpress.quantization.scales import affine_floats, affine_parameters, has_global_scale, shared_global_scale
+from bitpress.quantization.scales import (
+    ScaleKind,
+    affine_floats,
+    affine_parameters,
+    has_global_scale,
+    scale_kind,
+    shared_global_scale,
+)
 from bitpress.quantization.weights import QuantizedWeight
 
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.68)
+# Floats lie closest below each power of two: to widen a range may bring more values to where they do.
+FLOAT_FACTORS = (1.0, 1.5, 1.35, 1.2, 1.1, 0.94, 0.88, 0.8)
+# Scales that are powers of two: as they are, or one less.
+POWER_FACTORS = (1.0, 0.5)
 
 
 def minmax_parameters(
@@ -47,9 +58,11 @@ def search_parameters(
     gram: Tensor,
     dtype: torch.dtype,
     global_scale: Tensor | None = None,
-    shrinks: Sequence[float] = SHRINKS,
+    factors: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ranges that are shrunk where clipping a few values costs less than it gains: AWQ's clip, without its forwards.
+
+    On a grid of floats, whose points are not evenly spaced, they may also be widened.
 
     Each group's range is [f min, f max] with the f of least ``e^T H_g e``, where e is the group's rounding error and
     H_g its own block of the Gram matrix. Lin et al., 2023 (https://arxiv.org/abs/2306.00978), section 4.1, choose f by
@@ -61,7 +74,7 @@ def search_parameters(
         gram: (in, in), float32.
         dtype: that of the weight, and of its scales.
         global_scale: (1,), float32: what scales are relative to, where the scheme has one.
-        shrinks: the factors that are tried, the first of which should be 1.
+        factors: those that are tried, the first of which should be 1; by default what the kind of grid needs.
 
     Returns:
         Scale and zero point as :func:`minmax_parameters` gives them.
@@ -69,6 +82,7 @@ def search_parameters(
     weight = weight.float()
     if args.strategy == QuantizationStrategy.TENSOR:
         return minmax_parameters(weight, args, dtype)
+    factors = factors or range_factors(args)
     block = block_shape(args)
     if block is not None:
         # Zeros are on every grid: they cost nothing.
@@ -78,8 +92,15 @@ def search_parameters(
     size = block[1] if block else args.group_size if args.strategy in GROUPED else weight.shape[1]
     blocks = torch.stack([gram[i : i + size, i : i + size] for i in range(0, weight.shape[1], size)])
     step = max(1, SEARCH_CHUNK // weight.shape[1] // height) * height
-    found = [_search_rows(rows, args, blocks, dtype, global_scale, shrinks, height) for rows in weight.split(step)]
+    found = [_search_rows(rows, args, blocks, dtype, global_scale, factors, height) for rows in weight.split(step)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+
+
+def range_factors(args: QuantizationArgs) -> tuple[float, ...]:
+    """What :func:`search_parameters` multiplies ranges by."""
+    if args.type == QuantizationType.INT:
+        return SHRINKS
+    return POWER_FACTORS if scale_kind(args) == ScaleKind.POWER else FLOAT_FACTORS
 
 
 def _search_rows(
@@ -88,7 +109,7 @@ def _search_rows(
     blocks: Tensor,
     dtype: torch.dtype,
     global_scale: Tensor | None,
-    shrinks: Sequence[float],
+    factors: Sequence[float],
     height: int,
 ) -> tuple[Tensor, Tensor]:
     """The search on a few rows; ``blocks`` is (groups, size, size), and ``height`` rows share a range."""
@@ -99,14 +120,14 @@ def _search_rows(
     error, scratch, product = torch.empty_like(view), torch.empty_like(view), torch.empty_like(view)
     least = torch.full_like(minimum, math.inf)
     chosen = torch.ones_like(minimum)
-    for shrink in shrinks:
-        s, z = affine_floats(minimum * shrink, maximum * shrink, args, dtype, global_scale)
+    for factor in factors:
+        s, z = affine_floats(minimum * factor, maximum * factor, args, dtype, global_scale)
         off_grid(
             joined, s.unsqueeze(-1), z.unsqueeze(-1), args, out=error.view_as(joined), scratch=scratch.view_as(joined)
         )
         # In steps; a group's error is its scale times that.
         cost = torch.bmm(error, blocks, out=product).mul_(error).view_as(joined).sum(-1).mul_(s).mul_(s)
-        chosen.masked_fill_(cost < least, shrink)
+        chosen.masked_fill_(cost < least, factor)
         torch.minimum(cost, least, out=least)
     scale, zero_point = affine_parameters(minimum * chosen, maximum * chosen, args, dtype, global_scale)
     return scale.T.contiguous(), zero_point.T.contiguous()
