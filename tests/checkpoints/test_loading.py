@@ -281,7 +281,7 @@ def _no_scheme(folder):
         (_less, "lacks offset"),
         (_more, "more than the model: extra"),
         (_other_shape, r"offset is \(7,\), the model's \(32,\)"),
-        (_no_scheme, "is packed, but no config group"),
+        (_no_scheme, "is quantized, but no config group"),
     ],
 )
 def test_checkpoints_that_do_not_fit(harm, message, saved):
