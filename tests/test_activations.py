@@ -343,6 +343,14 @@ def test_activations_of_layers_that_no_reader_quantizes():
             update={"targets": ["Conv1D"], "input_activations": PER_TOKEN})))  # fmt: skip
 
 
+def test_a_forward_that_is_not_the_class_own_is_not_replaced():
+    model = SimpleNet()
+    model.first.forward = lambda x, own=model.first.forward: own(x)
+    with pytest.raises(BitpressError, match="the forward of first has been replaced"):
+        oneshot(model, None, QuantizationModifier(scheme=group(input_activations=PER_TOKEN)))
+    oneshot(model, None, QuantizationModifier(scheme=group()))
+
+
 def test_a_layer_that_does_not_run_has_no_range():
     class Idle(SimpleNet):
         def __init__(self):

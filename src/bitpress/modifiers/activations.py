@@ -78,7 +78,7 @@ def readable_activations(model: nn.Module, schemes: Mapping[str, QuantizationSch
     """The schemes without the activations that readers would leave as they are, with a warning of those.
 
     Raises:
-        BitpressError: nothing would be left of the activations.
+        BitpressError: nothing would be left of the activations, or a layer's forward is not its class's.
     """
     readable = dict(schemes)
     left: dict[str, list[str]] = {}
@@ -86,6 +86,11 @@ def readable_activations(model: nn.Module, schemes: Mapping[str, QuantizationSch
         layer = find_layer(model, name)
         if not quantizes_activations(scheme):
             continue
+        if "forward" in layer.__dict__:
+            raise BitpressError(
+                f"the forward of {name} has been replaced (accelerate does it to offload layers), and the one that "
+                "quantizes activations would take its place: load the model without offloading."
+            )
         if not isinstance(layer, nn.Linear) or is_read_by_its_parent(model, name):
             left.setdefault(type(layer).__name__, []).append(name)
             readable[name] = _with(scheme, input_activations=None, output_activations=None)
