@@ -3,6 +3,9 @@
 At block k the scheduler holds the inputs of all batches. It runs the block on them and collects statistics, lets the
 modifiers solve, runs the block again with the new weights and hands each paused forward its output, so that the next
 block sees what the compressed model will feed it.
+
+Activations that a scheme quantizes are not quantized meanwhile, as in the peers: weights are solved for the activations
+themselves, and a static range is measured where the block runs with its new weights, before its scale is known.
 """
 
 from collections import Counter
