@@ -15,6 +15,7 @@ from bitpress import AWQMapping, AWQModifier, BitpressError, QuantizationModifie
 from bitpress.checkpoints import directory
 from bitpress.modifiers import Modifier
 from bitpress.pipelines.solving import Progress
+from bitpress.quantization import QuantizationArgs, QuantizationScheme
 from bitpress.session import Session
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -55,6 +56,10 @@ def custom(**fields):
     return [QuantizationModifier(**{"config_groups": {"group_0": scheme()}, **fields})]
 
 
+def activations(**inputs):
+    return scheme().model_copy(update={"input_activations": QuantizationArgs(num_bits=8, **inputs)})
+
+
 NO_MAPPING = AWQMapping("re:.*no_norm$", ["re:.*q_proj$"])
 HALF = AWQMapping("re:.*input_layernorm$", ["re:.*q_proj$", "re:.*no_proj$"])
 WRONG = AWQMapping("re:.*input_layernorm$", ["re:.*q_proj$", "re:.*k_proj$"])
@@ -77,9 +82,25 @@ RECIPES = {
     "two schemes": ([QuantizationModifier(scheme="W4A16", config_groups={"g": scheme()})], "not both"),
     "bits that disagree": ([AWQModifier(bits=8), *rtn()], "bits=8, but the scheme of .* has bits=4"),
     "symmetry that disagrees": ([AWQModifier(symmetric=True), *rtn()], "symmetric=True, but .* has symmetric=False"),
-    "activations": (
-        custom(scheme="W8A8", config_groups=None),
-        "input_activations is not supported yet",
+    "static activations without their range": (
+        custom(config_groups={"g": activations(dynamic=False, group_size=32)}),
+        r"config group 'g': input_activations: dynamic=False with strategy 'group' is not supported.*\"tensor\"",
+    ),
+    "groups of activations": (
+        custom(config_groups={"g": activations(dynamic=True, group_size=40)}),
+        "input_activations: group_size 40 does not divide the 64 columns of model.layers.0.self_attn.q_proj",
+    ),
+    "kv cache": (
+        custom(kv_cache_scheme=QuantizationArgs(num_bits=8, dynamic=False, group_size=8)),
+        r"kv_cache_scheme: dynamic=False with strategy 'group'.*\"tensor\" or \"attn_head\"",
+    ),
+    "attention that is none": (
+        custom(config_groups={"g": QuantizationScheme(targets=["Linear"], input_activations=QuantizationArgs())}),
+        r"config group 'g' has no weights, and its targets \['Linear'\] match no attention \(LlamaAttention\)",
+    ),
+    "two schemes of the cache": (
+        [custom(kv_cache_scheme=QuantizationArgs())[0], custom(kv_cache_scheme=QuantizationArgs())[0]],
+        "both quantize the states of model.layers.0.self_attn",
     ),
     "mapping to no smooth layer": (awq(mappings=[NO_MAPPING]), r"AWQMapping\('re:\.\*no_norm\$'.* fits no block"),
     "mapping to no balance layer": (awq(mappings=[TWICE]), "fits no block"),

@@ -42,10 +42,10 @@ class Watching(QuantizationModifier):
 class WithGram(Watching):
     """A solver whose result depends on every bit of the statistics."""
 
-    def solve(self, weight, args, statistics, dtype):
+    def solve(self, weight, args, statistics, ranges, global_scale=None):
         if statistics is None:
-            return super().solve(weight, args, statistics, dtype)
-        return super().solve(by_gram(weight, statistics.gram), args, statistics, dtype)
+            return super().solve(weight, args, statistics, ranges, global_scale)
+        return super().solve(by_gram(weight, statistics.gram), args, statistics, ranges, global_scale)
 
 
 def by_gram(weight, gram):

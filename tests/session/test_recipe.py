@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import bitpress
 from bitpress import AWQMapping, AWQModifier, BitpressError, Modifier, QuantizationModifier, Recipe
+from bitpress.quantization import QuantizationArgs, QuantizationScheme
 from bitpress.session.recipe import arguments_of, shipped_recipes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -29,7 +30,13 @@ args = st.builds(
     group_size=st.sampled_from([16, 32, 64, 128]),
     targets=st.lists(names, min_size=1, max_size=3),
 )
-presets = st.sampled_from(["W4A16", "W4A16_ASYM", "W8A16"])
+presets = st.sampled_from(["W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "NVFP4"])
+activations = st.builds(
+    QuantizationArgs,
+    num_bits=st.just(8),
+    type=st.sampled_from(["int", "float"]),
+    strategy=st.sampled_from(["tensor", "attn_head"]),
+)
 quantization = {
     "targets": lists,
     "ignore": lists,
@@ -37,7 +44,10 @@ quantization = {
     | presets
     | args
     | st.dictionaries(presets, st.lists(names, min_size=1), min_size=1, max_size=2),
-    "config_groups": st.none() | st.dictionaries(names, args, min_size=1, max_size=3),
+    "config_groups": st.none()
+    | st.dictionaries(names, args, min_size=1, max_size=3)
+    | st.dictionaries(names, st.builds(QuantizationScheme, targets=lists, input_activations=activations), max_size=2),
+    "kv_cache_scheme": st.none() | activations,
 }
 smoothing = {
     "bits": st.none() | st.integers(2, 8),

@@ -10,7 +10,7 @@ from bitpress.statistics import InputStatistics, Statistic
 from bitpress.statistics.inputs import PANEL
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
-ALL = Statistic.GRAM | Statistic.MEAN_MAGNITUDE | Statistic.MAX_MAGNITUDE
+ALL = Statistic.GRAM | Statistic.MEAN_MAGNITUDE | Statistic.MAX_MAGNITUDE | Statistic.RANGE
 WIDTHS = (1, PANEL - 1, PANEL, PANEL + 1, 255, 256, 257, 600)
 
 
@@ -42,6 +42,9 @@ def assert_statistics_of(statistics, x):
     assert_gram_of(statistics.gram, x)
     torch.testing.assert_close(statistics.mean_magnitude, x.double().abs().mean(0).float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(statistics.max_magnitude, x.abs().amax(0), rtol=1e-6, atol=0)
+    low, high = statistics.range
+    torch.testing.assert_close(low, x.amin(0).clamp(max=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(high, x.amax(0).clamp(min=0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("features", WIDTHS)

@@ -1,6 +1,6 @@
 """Reading and writing of compressed weights."""
 
-from bitpress.checkpoints.attached import attach, attached_layers, is_quantized, packed_weight
+from bitpress.checkpoints.attached import attach, attach_attention, attached_layers, is_quantized, packed_weight
 from bitpress.checkpoints.changes import Changes
 from bitpress.checkpoints.directory import check_destination
 from bitpress.checkpoints.loading import load
@@ -9,6 +9,7 @@ from bitpress.checkpoints.saving import bind_save_pretrained, save
 __all__ = [
     "Changes",
     "attach",
+    "attach_attention",
     "attached_layers",
     "bind_save_pretrained",
     "check_destination",

@@ -53,6 +53,21 @@ class Changes:
             elif not torch.equal(p.data, saved[name]):
                 self.dense[name] = p.data.clone()
 
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Inside the ``with`` the model is as :meth:`commit` will leave it."""
+        owners = [(find_layer(model, n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.dense]
+        held = [weight_matrix(find_layer(model, n)) for n in self.packed]
+        held += [owner.get_parameter(parameter).data for owner, parameter in owners]
+        saved = [tensor.clone() for tensor in held]
+        try:
+            with torch.no_grad():
+                self.commit(model)
+            yield
+        finally:
+            for tensor, value in zip(held, saved, strict=True):
+                tensor.copy_(value)
+
     def commit(self, model: nn.Module) -> None:
         """Write everything to the model: the dequantized weights, and what smoothing changed."""
         for name, packed in self.packed.items():

@@ -10,11 +10,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from compressed_tensors.utils import is_match
 from torch import nn
 
-from bitpress.checkpoints.attached import scheme_of
+from bitpress.checkpoints.attached import quantizes_queries, scheme_of
 from bitpress.checkpoints.experts import StoredExperts, expert_targets
 from bitpress.models.experts import named_layers
 from bitpress.models.linears import is_linear
-from bitpress.quantization import QuantizationScheme, stored_format
+from bitpress.quantization import QuantizationArgs, QuantizationScheme, stored_format
 
 
 def quantization_config(
@@ -22,6 +22,7 @@ def quantization_config(
     layers: Mapping[str, nn.Module],
     apart: Sequence[StoredExperts] = (),
     whole: Sequence[StoredExperts] = (),
+    attentions: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """The config that makes every reader give ``layers``, and no others, their schemes.
 
@@ -43,7 +44,9 @@ def quantization_config(
             groups.append((scheme, [name]))
     ignore: list[str] = []
     # A target that is there for other models would make readers warn.
-    stated = [t for t in groups[0][0].targets if any(is_match(n, m, t) for n, m in layers.items())]
+    stated = [
+        t for scheme, _ in groups[:1] for t in scheme.targets if any(is_match(n, m, t) for n, m in layers.items())
+    ]
     if len(groups) == 1 and all(is_match(n, m, stated) for n, m in layers.items()):
         dense = [n for n, m in named_layers(model) if n not in layers and _is_read_as_linear(n, m, stated)]
         ignore = [n for n in dense if n not in of_experts] + _owners(dense, whole)
@@ -51,17 +54,44 @@ def quantization_config(
     else:
         targets = [_with_patterns(names, patterns, of_experts) for _, names in groups]
     formats = [stored_format(scheme) for scheme, _ in groups]
+    schemes = [
+        scheme.model_copy(update={"targets": names, "format": each})
+        for (scheme, _), names, each in zip(groups, targets, formats, strict=True)
+    ]
+    of_cache, of_attention = _states(attentions or {})
     config = QuantizationConfig(
-        config_groups={
-            f"group_{i}": scheme.model_copy(update={"targets": names, "format": stored_as})
-            for i, ((scheme, _), names, stored_as) in enumerate(zip(groups, targets, formats, strict=True))
-        },
-        format=formats[0] if len(set(formats)) == 1 else CompressionFormat.mixed_precision.value,
+        # Attention first: of the groups that match a module the first counts.
+        config_groups={f"group_{i}": scheme for i, scheme in enumerate([*of_attention, *schemes])},
+        kv_cache_scheme=of_cache,
+        format=_format_of_all(formats),
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
     )
     dumped = config.model_dump(mode="json")
     return {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}, **dumped}
+
+
+def _format_of_all(formats: Sequence[str]) -> str:
+    if len(set(formats)) > 1:
+        return str(CompressionFormat.mixed_precision.value)
+    return formats[0] if formats else str(CompressionFormat.dense.value)
+
+
+def _states(attentions: Mapping[str, nn.Module]) -> tuple[QuantizationArgs | None, list[QuantizationScheme]]:
+    """The scheme of the cache, and the groups of attentions that are quantized themselves."""
+    of_cache: QuantizationArgs | None = None
+    groups: list[QuantizationScheme] = []
+    for name, attention in attentions.items():
+        scheme = scheme_of(attention)
+        if not quantizes_queries(attention):
+            of_cache = scheme.input_activations
+            continue
+        known = next((g for g in groups if g.input_activations == scheme.input_activations), None)
+        if known is None:
+            groups.append(scheme.model_copy(update={"targets": [name]}))
+        else:
+            known.targets.append(name)
+    return of_cache, groups
 
 
 def _same_but_for_targets(one: QuantizationScheme, other: QuantizationScheme) -> bool:

@@ -19,6 +19,7 @@ from bitpress.checkpoints.packed import (
 )
 from bitpress.checkpoints.pretrained import load_compressed, load_pretrained
 from bitpress.checkpoints.saving import CONFIG_FILE
+from bitpress.checkpoints.states import take_activations, take_attentions
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear, weight_matrix
@@ -45,12 +46,16 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, **op
     if model is None:
         return _load_transformers(path, config, options)
     stored = read_weights(path)
+    attentions = take_attentions(stored, config, model)
     dense, packed, schemes = _unpack(stored, config, model)
+    activations = {name: take_activations(dense, name) for name in packed}
     _fill_tied(dense, config, model)
     _check_fit(dense, model, path)
     model.load_state_dict(dense)
     for name, weight in packed.items():
-        attach(find_layer(model, name), schemes[name], weight)
+        attach(find_layer(model, name), schemes[name], weight, activations[name])
+    for name, attention in attentions.items():
+        attention.attach_to(model, name)
     return model
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
 from bitpress.checkpoints.experts import checkpoint_names, stored_experts
@@ -17,6 +17,7 @@ from bitpress.checkpoints.packed import (
     targets_of,
     write_expert,
 )
+from bitpress.checkpoints.states import take_activations, take_attentions
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear
@@ -67,7 +68,8 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
         skeleton = model_class(model_config)
     names = _stored_names(skeleton)
     weights = read_weights(path)
-    packed: dict[str, tuple[QuantizationScheme, PackedWeight]] = {}
+    attentions = take_attentions(weights, config, skeleton)
+    packed: dict[str, tuple[QuantizationScheme, PackedWeight, dict[str, Tensor]]] = {}
     for name, stored in names.items():
         layer = find_layer(skeleton, name)
         if not is_stored_quantized(weights, stored):
@@ -75,8 +77,9 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
                 write_expert(weights, name, layer, weights.pop(f"{stored}.weight"))
             continue
         scheme = scheme_for(name, layer, by_target)
-        packed[name] = scheme, take_packed(weights, stored, scheme, model_config.dtype)
-        dense = packed[name][1].unpack().dequantize()
+        weight = take_packed(weights, stored, scheme, model_config.dtype)
+        packed[name] = scheme, weight, take_activations(weights, stored)
+        dense = weight.unpack().dequantize()
         if isinstance(layer, ExpertLinear):
             write_expert(weights, name, layer, dense)
         else:
@@ -86,8 +89,10 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     model.__dict__.pop("_weight_conversions", None)  # those of the dense weights here, not of the checkpoint
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    for name, (scheme, weight) in packed.items():
-        attach(find_layer(model, name), scheme, weight)
+    for name, (scheme, weight, activations) in packed.items():
+        attach(find_layer(model, name), scheme, weight, activations)
+    for name, attention in attentions.items():
+        attention.attach_to(model, name)
     loaded: nn.Module = model
     return loaded
 

@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bitpress.checkpoints.attached import attached_layers, packed_weight, scheme_of
+from bitpress.checkpoints.attached import (
+    attached_attentions,
+    attached_layers,
+    packed_weight,
+    scheme_of,
+    static_activations,
+)
 from bitpress.checkpoints.config import have_one_scheme, quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
 from bitpress.checkpoints.experts import checkpoint_names, choose_packed, is_expert, stored_experts, tensor_names
@@ -78,7 +84,8 @@ def save(
     path = check_destination(directory, overwrite=overwrite, needed=_bytes(model, state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
-            _write_transformers(model, draft, state, layers, packed, options)
+            attentions = attached_attentions(model) if save_compressed else {}
+            _write_transformers(model, draft, state, layers, packed, attentions, options)
         else:
             _write_plain(model, draft, state, layers, packed)
         _write_companions(model, draft)
@@ -135,6 +142,7 @@ def _write_transformers(
     state: dict[str, Tensor],
     layers: dict[str, nn.Module],
     packed: dict[str, PackedWeight],
+    attentions: dict[str, nn.Module],
     options: dict[str, Any],
 ) -> None:
     read = _readable(model, layers, packed)
@@ -145,7 +153,7 @@ def _write_transformers(
     names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
     for name in [parameter for s in apart for parameter in s.parameters]:
         del state[name]
-    if not read:
+    if not read and not attentions:
         type(model).save_pretrained(model, draft, state_dict=state, **options)
     else:
         linears = checkpoint_names(model, [name for name in read if name not in names]) | names
@@ -161,7 +169,10 @@ def _write_transformers(
             for name, stored_name in s.names.items():
                 tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
         for name, stored_name in linears.items():
-            own = packed[name].tensors(stored_format(scheme_of(layers[name])))
+            own = _stored_tensors(layers[name], packed[name])
+            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
+        for name, stored_name in checkpoint_names(model, list(attentions)).items():
+            own = static_activations(attentions[name])
             tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
         type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
         _warn_of_broken_pair(packed)
@@ -169,7 +180,7 @@ def _write_transformers(
         _warn_of_other_dtypes({name: packed[name] for name in read})
         file = draft / CONFIG_FILE
         config = json.loads(file.read_text())
-        config["quantization_config"] = quantization_config(model, read, apart, whole)
+        config["quantization_config"] = quantization_config(model, read, apart, whole, attentions)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -253,6 +264,11 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
+def _stored_tensors(layer: nn.Module, weight: PackedWeight) -> dict[str, Tensor]:
+    """All that a checkpoint holds of a quantized layer but its bias."""
+    return {**weight.tensors(stored_format(scheme_of(layer))), **static_activations(layer)}
+
+
 def _replace_weights(
     state: dict[str, Tensor], layers: dict[str, nn.Module], packed: dict[str, PackedWeight]
 ) -> dict[str, Tensor]:
@@ -260,7 +276,7 @@ def _replace_weights(
     weights = {f"{name}.weight" for name in packed}
     tensors = {name: tensor for name, tensor in state.items() if name not in weights}
     for name, weight in packed.items():
-        own = weight.tensors(stored_format(scheme_of(layers[name])))
+        own = _stored_tensors(layers[name], weight)
         tensors |= {f"{name}.{kind}": t for kind, t in own.items()}
     return tensors
 

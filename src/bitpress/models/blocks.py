@@ -72,6 +72,10 @@ class Block:
         """Every module of the block by its name in the model, the layers of fused experts too."""
         yield from named_layers(self.module, prefix=self.name)
 
+    def holds(self, name: str) -> bool:
+        """True for names of what is in the block."""
+        return not self.name or name.startswith(f"{self.name}.")
+
     def forget(self) -> None:
         """Let go of the dry run."""
         self.calls, self.first_output = [], None

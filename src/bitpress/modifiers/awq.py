@@ -83,6 +83,7 @@ class AWQModifier(QuantizationModifier):
 
     def on_initialize(self, state: State) -> None:
         """Find the mappings of every block, and prove them."""
+        super().on_initialize(state)
         for name, scheme in state.schemes.items():
             self._check_agreement(scheme.weights, name)
         self._resolved = find_proven(state, self._considers, self.mappings, "AWQModifier")
@@ -90,12 +91,11 @@ class AWQModifier(QuantizationModifier):
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """Gram matrix and mean magnitude for the balance layers; the Gram matrix for all whose ranges are searched."""
+        wanted = super().required_statistics(state, name)
         if name in self._balanced:
-            return Statistic.GRAM | Statistic.MEAN_MAGNITUDE
-        if name not in state.schemes:
-            return Statistic.NONE
-        clips = self.clip and not states_observer(state.schemes[name].weights)
-        return Statistic.GRAM if clips else super().required_statistics(state, name)
+            return wanted | Statistic.GRAM | Statistic.MEAN_MAGNITUDE
+        clips = self.clip and name in state.schemes and not states_observer(state.schemes[name].weights)
+        return wanted | Statistic.GRAM if clips else wanted
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""

@@ -68,15 +68,30 @@ class Modifier(BaseModel):
         """
         return {}
 
+    def resolve_attentions(self, model: nn.Module) -> dict[str, Any]:
+        """The attentions whose states this modifier would quantize, by name; none by default.
+
+        Raises:
+            BitpressError: compressed-tensors cannot quantize the states of the model's attention.
+        """
+        return {}
+
     def on_initialize(self, state: State) -> None:
         """Before any computing: schemes and blocks are known, the dry run has been made. Refuse here what is wrong."""
 
     def required_statistics(self, state: State, name: str) -> Statistic:
-        """What the calibration must remember of the input of layer ``name``."""
+        """What the calibration must remember of the input of layer ``name``, or of what the tap of that name receives.
+
+        A range is that of the block with its new weights, and is there in :meth:`on_solved`; the rest is what the block
+        as it was is fed.
+        """
         return Statistic.NONE
 
     def on_block(self, state: State, block: Block) -> None:
         """Solve one block: ``state.statistics`` is filled; write the new weights to the block's layers."""
+
+    def on_solved(self, state: State, block: Block) -> None:
+        """All modifiers have solved the block, and it has run: ``state.statistics`` holds the ranges."""
 
     def on_finalize(self, state: State) -> None:
         """After the last block."""

@@ -40,7 +40,8 @@ class GPTQModifier(QuantizationModifier):
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """The Gram matrix of the layers that this modifier quantizes."""
-        return Statistic.GRAM if state.owners.get(name) is self else Statistic.NONE
+        mine = state.owners.get(name) is self and name in state.schemes
+        return super().required_statistics(state, name) | (Statistic.GRAM if mine else Statistic.NONE)
 
     def solve(
         self,

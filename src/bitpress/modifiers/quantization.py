@@ -1,6 +1,7 @@
 """QuantizationModifier: which layers are quantized, and to what; by itself, round-to-nearest."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from bitpress.models.blocks import Block
 from bitpress.models.experts import find_layer, fused_experts, named_layers, routers
 from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.models.smoothing import is_convolution
+from bitpress.modifiers.activations import (
+    AttentionScheme,
+    attention_schemes,
+    check_group,
+    check_measured,
+    check_widths,
+    is_of_attention,
+    readable_activations,
+)
 from bitpress.modifiers.base import Modifier, nearest
 from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.observers import check_observer, observed_ranges, states_observer, statistics_of_observer
@@ -25,7 +35,9 @@ from bitpress.quantization import (
     QuantizedWeight,
     check_supported,
     is_preset_scheme,
+    is_static,
     preset_name_to_scheme,
+    static_tensors,
     stored_format,
 )
 from bitpress.quantization.grid import GROUPED, block_shape
@@ -44,11 +56,17 @@ NOTABLE = 0.01
 class QuantizationModifier(Modifier):
     """Quantize the weights of linear layers, each value to the nearest point of its grid.
 
+    What a scheme says of activations is done when the model runs: here, in transformers and in servers alike. Scales
+    that are not dynamic are those of the least and the greatest value that calibration saw, in the model whose weights
+    are quantized.
+
     Attributes:
         targets: names, class names or ``re:`` patterns of the layers; of those in ``config_groups`` their own.
         ignore: the same, for layers that are left alone.
         scheme: a preset's name ("W4A16"), a QuantizationScheme, or a dictionary of preset names and their targets.
-        config_groups: schemes by any name, each with its targets.
+        config_groups: schemes by any name, each with its targets. One without weights is of attention modules: its
+            ``input_activations`` are the grid of queries, keys and values.
+        kv_cache_scheme: the grid of all keys and values, as they are cached: per tensor, or per head ("attn_head").
 
     How a weight's ranges are chosen is its scheme's ``observer``: "minmax" (from the least to the greatest value, the
     default), "mse" (shrunk, for the least squared error of the weight), "imatrix_mse" (the same, each column weighed by
@@ -60,6 +78,7 @@ class QuantizationModifier(Modifier):
     ignore: list[str] = Field(default_factory=list)
     scheme: str | QuantizationScheme | dict[str, list[str]] | None = None
     config_groups: dict[str, QuantizationScheme] | None = None
+    kv_cache_scheme: QuantizationArgs | None = None
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -98,8 +117,11 @@ class QuantizationModifier(Modifier):
     def resolve_schemes(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """See :meth:`Modifier.resolve_schemes`. The first group that matches a layer has it."""
         groups = self.groups()
-        if not groups:
+        if not groups and self.kv_cache_scheme is None:
             raise BitpressError(f"{type(self).__name__} states no scheme: give scheme= or config_groups=.")
+        groups = {label: group for label, group in groups.items() if not is_of_attention(group)}
+        if not groups:
+            return {}
         self._check_patterns(model, groups)
         schemes: dict[str, QuantizationScheme] = {}
         for label, group in groups.items():
@@ -116,13 +138,52 @@ class QuantizationModifier(Modifier):
             raise BitpressError(
                 f"{type(self).__name__}: every layer that targets match is ignored or shares its weight."
             )
+        schemes = readable_activations(model, schemes)
         _check_shapes(model, schemes)
+        check_widths(model, schemes)
         return schemes
 
+    def resolve_attentions(self, model: nn.Module) -> dict[str, AttentionScheme]:
+        """See :meth:`Modifier.resolve_attentions`."""
+        groups = {label: group for label, group in self.groups().items() if is_of_attention(group)}
+        return attention_schemes(model, self.kv_cache_scheme, groups, self.ignore)
+
     def required_statistics(self, state: State, name: str) -> Statistic:
-        """What the observers of the layers that this modifier quantizes need."""
-        mine = state.owners.get(name) is self
-        return statistics_of_observer(state.schemes[name].weights) if mine else Statistic.NONE
+        """The ranges of static activations, and what the observers of weights need."""
+        wanted = Statistic.RANGE if name in self._static(state, [name]) else Statistic.NONE
+        mine = name in state.schemes and state.owners.get(name) is self
+        return wanted | statistics_of_observer(state.schemes[name].weights) if mine else wanted
+
+    def on_initialize(self, state: State) -> None:
+        """Refuse static activations of what the dry run has not seen."""
+        static = self._static(state, [*state.schemes, *state.taps])
+        if static and not any(block.calls for block in state.blocks):
+            check_measured(static, self, "no dataset was given to calibrate it: give oneshot one")
+        idle = {name for block in state.blocks if not block.calls for name in block.layers}
+        check_measured([n for n in static if n in idle], self, "the layer did not run in the dry run")
+        taps = [n for n in static if n in state.taps]
+        check_measured([n for n in taps if not state.taps[n].ran], self, "it did not occur in the dry run")
+        outside = [n for n in taps if not any(block.holds(n) for block in state.blocks)]
+        check_measured(outside, self, "it is in no block: state larger blocks with sequential_targets")
+
+    def _static(self, state: State, names: Sequence[str]) -> list[str]:
+        """Of these layers and taps, those whose static scales are this modifier's."""
+        return [n for n in names if state.owners.get(n) is self and is_static(_grid(state, n))]
+
+    def on_solved(self, state: State, block: Block) -> None:
+        """Take the scales of the block's static activations from their ranges."""
+        within = [*block.layers, *(n for n in state.taps if block.holds(n))]
+        static = self._static(state, within)
+        check_measured([n for n in static if n not in state.statistics], self, "no calibration batch has run it")
+        for name in static:
+            low, high = state.statistics[name].range
+            tap = state.taps.get(name)
+            owner, base = (tap.owner, tap.base) if tap is not None else (name, "input")
+            if tap is None:
+                low, high = low.amin().view(1), high.amax().view(1)
+            args, dtype = _grid(state, name), next(find_layer(state.model, owner).parameters()).dtype
+            assert args is not None, "it is static"  # noqa: S101
+            state.activations.setdefault(owner, {}).update(static_tensors(base, low, high, args, dtype))
 
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
@@ -196,20 +257,37 @@ def resolve_all(
     stating = [m for m in modifiers if m.states_scheme] or [m for m in modifiers if m.may_state_scheme]
     for modifier in reversed(stating):
         for name, scheme in modifier.resolve_schemes(model).items():
-            if name in schemes and schemes[name].weights != scheme.weights:
-                raise BitpressError(
-                    f"{type(modifier).__name__} and {type(owners[name]).__name__} disagree about {name}: "
-                    f"{_describe(scheme.weights)} and {_describe(schemes[name].weights)}. State it in one of them."
-                )
+            if name in schemes:
+                _check_same(name, scheme, schemes[name], (modifier, owners[name]))
             schemes.setdefault(name, scheme)
             owners.setdefault(name, modifier)
-    if not schemes:
-        raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
     order = [name for name, _ in named_layers(model) if name in schemes]
     return {name: schemes[name] for name in order}, owners
 
 
-def _describe(args: QuantizationArgs) -> str:
+def _grid(state: State, name: str) -> QuantizationArgs | None:
+    """The grid of a layer's input, or of what a tap receives."""
+    tap = state.taps.get(name)
+    if tap is None:
+        return state.schemes[name].input_activations
+    if tap.owner in state.attentions:
+        args: QuantizationArgs = state.attentions[tap.owner].args
+        return args
+    return state.schemes[tap.owner].output_activations
+
+
+def _check_same(name: str, a: QuantizationScheme, b: QuantizationScheme, of: tuple[Modifier, Modifier]) -> None:
+    for field in ("weights", "input_activations", "output_activations"):
+        if getattr(a, field) != getattr(b, field):
+            raise BitpressError(
+                f"{type(of[0]).__name__} and {type(of[1]).__name__} disagree about the {field} of {name}: "
+                f"{_describe(getattr(a, field))} and {_describe(getattr(b, field))}. State it in one of them."
+            )
+
+
+def _describe(args: QuantizationArgs | None) -> str:
+    if args is None:
+        return "none"
     group = f", groups of {args.group_size}" if args.group_size else ""
     observer = f", observer {args.observer}" if states_observer(args) else ""
     kind = "" if args.type == QuantizationType.INT else " (float)"
@@ -220,9 +298,7 @@ def _describe(args: QuantizationArgs) -> str:
 def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
     if scheme.weights is None:
         raise BitpressError(f"config group {label!r} has no weights: weight quantization needs weights=.")
-    for kind in ("input_activations", "output_activations"):
-        if getattr(scheme, kind) is not None:
-            raise BitpressError(f"config group {label!r}: {kind} is not supported yet; use a weight-only scheme.")
+    check_group(label, scheme)
     try:
         check_supported(scheme.weights)
         check_observer(scheme.weights)

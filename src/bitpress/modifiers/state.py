@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitpress.models.blocks import Block
+from bitpress.models.taps import Tap
 from bitpress.quantization import QuantizationScheme, QuantizedWeight
 from bitpress.statistics import InputStatistics
 
@@ -38,6 +39,9 @@ class State:
         schemes: the scheme of every layer that will be quantized, by the layer's name.
         owners: the modifier that quantizes each of these layers.
         blocks: the parts that are solved one after the other.
+        attentions: how the states of attention are quantized, by its name.
+        taps: where ranges are taken that are not of a layer's input, by name; ``owners`` has their modifiers too.
+        activations: the tensors of static grids, by the name of the layer or attention.
         statistics: of the current block's layers; a layer that did not run, or whose modifiers ask for nothing, is
             absent. Layers that share their input share the object.
         ranges: scale and zero point that a modifier has chosen for a layer of the current block, for the one that
@@ -57,6 +61,9 @@ class State:
     schemes: dict[str, QuantizationScheme]
     owners: dict[str, Any]
     blocks: list[Block]
+    attentions: dict[str, Any] = field(default_factory=dict)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    activations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     global_scales: dict[str, Tensor] = field(default_factory=dict)

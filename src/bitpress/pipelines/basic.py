@@ -1,6 +1,7 @@
 """All of the model at once: for models without blocks, or by choice.
 
-Every layer is solved from what the unquantized model feeds it; nothing is run a second time.
+Every layer is solved from what the unquantized model feeds it. The model is run a second time only for the ranges of
+static activations, with all new weights.
 """
 
 from collections.abc import Sequence
@@ -8,18 +9,25 @@ from collections.abc import Sequence
 from bitpress.checkpoints.changes import Changes
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.data import CalibrationData
-from bitpress.pipelines.solving import OnProgress, Progress, make_collector, solve
+from bitpress.pipelines.solving import (
+    OnProgress,
+    Progress,
+    finish,
+    make_collector,
+    make_range_collector,
+    solve,
+    watched,
+)
+from bitpress.statistics import InputCollector
 
 
 def run_basic(state: State, modifiers: Sequence[Modifier], data: CalibrationData, on_progress: OnProgress) -> Changes:
     """Run every batch through the model, then solve block after block."""
     layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
     collector = make_collector(state, modifiers, layers)
-    with collector.watching(), state.watch.phase("calibrate"):
-        for index, batch in enumerate(data.batches):
-            on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
-            with collector.batch(index, batch.mask()):
-                state.model(*batch.args, **batch.kwargs)
+    ranges = make_range_collector(state, modifiers, state.blocks)
+    if collector.wants_any or not ranges.wants_any:
+        _calibrate(state, collector, data, on_progress)
     changes = Changes()
     for index, block in enumerate(state.blocks):
         on_progress(Progress(index, len(state.blocks), block.label, "solve"))
@@ -27,4 +35,18 @@ def run_basic(state: State, modifiers: Sequence[Modifier], data: CalibrationData
         state.quantized = {}
         with changes.of(block, state.quantized), state.watch.phase("solve"):
             solve(state, modifiers, block, statistics)
+    if ranges.wants_any:
+        with changes.applied(state.model):
+            _calibrate(state, ranges, data, on_progress)
+    for block in state.blocks:
+        of_block = {name: s for name, s in ranges.statistics.items() if name in watched(state, block)}
+        finish(state, modifiers, block, of_block, {})
     return changes
+
+
+def _calibrate(state: State, collector: InputCollector, data: CalibrationData, on_progress: OnProgress) -> None:
+    with collector.watching(), state.watch.phase("calibrate"):
+        for index, batch in enumerate(data.batches):
+            on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
+            with collector.batch(index, batch.mask()):
+                state.model(*batch.args, **batch.kwargs)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from bitpress.checkpoints.changes import Changes
 from bitpress.modifiers import Modifier, State
-from bitpress.pipelines.solving import OnProgress, Progress, solve
+from bitpress.pipelines.solving import OnProgress, Progress, finish, solve
 
 
 def run_datafree(state: State, modifiers: Sequence[Modifier], on_progress: OnProgress) -> Changes:
@@ -15,4 +15,5 @@ def run_datafree(state: State, modifiers: Sequence[Modifier], on_progress: OnPro
         state.quantized = {}
         with changes.of(block, state.quantized), state.watch.phase("solve"):
             solve(state, modifiers, block, {})
+        finish(state, modifiers, block, {}, {})
     return changes

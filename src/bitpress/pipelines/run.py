@@ -33,7 +33,8 @@ def infer_pipeline(named: str | None, state: State, modifiers: Sequence[Modifier
     """
     if named is not None and named not in PIPELINES:
         raise BitpressError(f"pipeline {named!r} is not known{nearest(named, list(PIPELINES))}")
-    asking = [type(m).__name__ for m in modifiers if any(m.required_statistics(state, n) for n in state.schemes)]
+    places = [*state.schemes, *state.taps]
+    asking = [type(m).__name__ for m in modifiers if any(m.required_statistics(state, n) for n in places)]
     if asking and (named == "datafree" or not has_data):
         why = "the datafree pipeline has none" if has_data else "no dataset was given"
         raise BitpressError(f"{asking[0]} needs calibration data, but {why}: give oneshot a dataset.")
@@ -91,6 +92,8 @@ def _try(state: State, probe: Batch) -> tuple[list[str], set[str]]:
                 if block.first_output is None:
                     block.first_output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
                 forward.resume(output)
+    except BitpressError:
+        raise
     except (TypeError, ValueError) as error:
         raise BitpressError(_refusal(state.model, probe, error)) from error
     finally:

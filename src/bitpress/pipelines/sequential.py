@@ -3,6 +3,9 @@
 At block k the scheduler holds the inputs of all batches. It runs the block on them and collects statistics, lets the
 modifiers solve, runs the block again with the new weights and hands each paused forward its output, so that the next
 block sees what the compressed model will feed it.
+
+Activations that a scheme quantizes are not quantized meanwhile, as in the peers: weights are solved for the activations
+themselves, and a static range is measured where the block runs with its new weights, before its scale is known.
 """
 
 from collections import Counter
@@ -13,10 +16,19 @@ from torch import Tensor
 
 from bitpress.checkpoints.changes import Changes
 from bitpress.models.blocks import Block
+from bitpress.models.taps import OUTPUT
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.data import CalibrationData
 from bitpress.pipelines.paused import PausedForward, PausePoints
-from bitpress.pipelines.solving import OnProgress, Progress, make_collector, solve
+from bitpress.pipelines.solving import (
+    OnProgress,
+    Progress,
+    finish,
+    make_collector,
+    make_range_collector,
+    solve,
+    watched,
+)
 from bitpress.statistics import InputCollector
 
 
@@ -62,7 +74,8 @@ class _Schedule:
         blocks = {block.name: block for block in self.state.blocks}
         left = Counter(order)
         collectors = {
-            name: make_collector(self.state, self.modifiers, blocks[name].layers) for name in dict.fromkeys(order)
+            name: make_collector(self.state, self.modifiers, watched(self.state, blocks[name]), ranges=left[name] > 1)
+            for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):
             for forward in self.forwards:
@@ -113,6 +126,8 @@ class _Schedule:
                     if is_layer:
                         collector.observe(block.name, call.args, call.kwargs)
                     output = self.points.run(block, call)
+                    if is_layer:
+                        collector.observe(f"{block.name}.{OUTPUT}", (output,), {})
                 if go_on:
                     forward.resume(output)
                 del output
@@ -129,8 +144,12 @@ class _Schedule:
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
                 solve(self.state, self.modifiers, block, collector.statistics)
-            if propagate:
+            ranges = make_range_collector(self.state, self.modifiers, [block])
+            if ranges.wants_any:
+                self._calibrate(block, ranges, go_on=propagate)
+            elif propagate:
                 self._propagate(block)
+        finish(self.state, self.modifiers, block, ranges.statistics, collector.statistics)
         self.done += 1
 
     def _propagate(self, block: Block) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from bitpress.models.blocks import Block
 from bitpress.models.linears import in_features
+from bitpress.models.taps import Tap
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.experts import share_among_experts
 from bitpress.statistics import InputCollector, InputStatistics, Statistic
@@ -32,13 +33,62 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def make_collector(state: State, modifiers: Sequence[Modifier], layers: Mapping[str, nn.Module]) -> InputCollector:
-    """A collector of what any of the modifiers asks for."""
+def make_collector(
+    state: State, modifiers: Sequence[Modifier], layers: Mapping[str, nn.Module], *, ranges: bool = False
+) -> InputCollector:
+    """A collector of what any of the modifiers asks for; of ``ranges`` only where these are wanted too."""
     wanted = dict.fromkeys(layers, Statistic.NONE)
     for modifier in modifiers:
         for name in layers:
             wanted[name] |= modifier.required_statistics(state, name)
-    return InputCollector(layers, {name: in_features(layer) for name, layer in layers.items()}, wanted)
+    if not ranges:
+        wanted = {name: each & ~Statistic.RANGE for name, each in wanted.items()}
+    return InputCollector(layers, {name: _columns(layer) for name, layer in layers.items()}, wanted)
+
+
+def make_range_collector(state: State, modifiers: Sequence[Modifier], blocks: Sequence[Block]) -> InputCollector:
+    """A collector of the ranges alone: they are those of blocks whose weights are new.
+
+    Such a block is run anyway, for the next one's inputs. Nothing then has to follow what smoothing did to the
+    channels, and the range is that of the model that ships.
+    """
+    layers = {name: layer for block in blocks for name, layer in watched(state, block).items()}
+    asked = {n: [m.required_statistics(state, n) & Statistic.RANGE for m in modifiers] for n in layers}
+    wanted = {name: Statistic.RANGE if any(each) else Statistic.NONE for name, each in asked.items()}
+    return InputCollector(layers, {name: _columns(layer) for name, layer in layers.items()}, wanted)
+
+
+def watched(state: State, block: Block) -> dict[str, nn.Module]:
+    """The layers of a block, and its taps."""
+    return {**block.layers, **{name: tap for name, tap in state.taps.items() if block.holds(name)}}
+
+
+def _columns(layer: nn.Module) -> int:
+    return layer.in_features if isinstance(layer, Tap) else in_features(layer)
+
+
+def finish(
+    state: State,
+    modifiers: Sequence[Modifier],
+    block: Block,
+    ranges: Mapping[str, InputStatistics],
+    before: Mapping[str, InputStatistics],
+) -> None:
+    """Tell every modifier that the block is solved.
+
+    Args:
+        state: the state.
+        modifiers: the recipe's.
+        block: the block.
+        ranges: of the block with its new weights.
+        before: of its earlier calls, if it is called more than once per forward.
+    """
+    for name, statistics in ranges.items():
+        if name in before and Statistic.RANGE in before[name].wanted:
+            statistics.widen(before[name])
+    state.statistics, _ = share_among_experts(block, ranges, state.min_expert_tokens)
+    for modifier in modifiers:
+        modifier.on_solved(state, block)
 
 
 def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics: dict[str, InputStatistics]) -> None:

@@ -13,6 +13,12 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from bitpress.quantization.activations import (
+    check_activations,
+    is_static,
+    quantizes_activations,
+    static_tensors,
+)
 from bitpress.quantization.formats import stored_format
 from bitpress.quantization.grid import (
     dequantize,
@@ -40,18 +46,22 @@ __all__ = [
     "QuantizationType",
     "QuantizedWeight",
     "affine_parameters",
+    "check_activations",
     "check_supported",
     "dequantize",
     "fake_quantize",
     "has_global_scale",
     "integer_range",
     "is_preset_scheme",
+    "is_static",
     "limits",
     "points_dtype",
     "preset_name_to_scheme",
     "quantize",
+    "quantizes_activations",
     "round_to_points",
     "shared_global_scale",
+    "static_tensors",
     "step_sizes",
     "stored_format",
 ]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitpress.checkpoints import attach, is_quantized
+from bitpress.checkpoints import attach, attach_attention, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.lora import check_no_adapters
+from bitpress.models.taps import tapped
 from bitpress.modifiers import State
+from bitpress.modifiers.activations import make_taps, resolve_attentions
 from bitpress.modifiers.quantization import resolve_all
 from bitpress.pipelines import dry_run, infer_pipeline, run
 from bitpress.pipelines.calibrating import calibrating
@@ -76,11 +78,18 @@ class Session:
         check_no_adapters(self.model)
         modifiers = list(self.recipe.modifiers)
         schemes, owners = resolve_all(modifiers, self.model)
+        attentions, of_attention = resolve_attentions(modifiers, self.model)
+        if not schemes and not attentions:
+            raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
         layers = {name: find_layer(self.model, name) for name in schemes}
         for name, layer in layers.items():
             check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
+        self.state.attentions = attentions
+        self.state.taps = make_taps(self.model, schemes, attentions)
+        of_taps = {name: of_attention.get(tap.owner, owners.get(tap.owner)) for name, tap in self.state.taps.items()}
+        self.state.owners = {**owners, **of_taps}
 
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
@@ -92,8 +101,16 @@ class Session:
             self._data = CalibrationData(
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
-            with self._calibrating(), self.state.watch.phase("dry run"):
-                self._order = self._dry_run(self._prepared(data.probe()))
+            with self._calibrating(), self._tapped(), self.state.watch.phase("dry run"):
+                try:
+                    self._order = self._dry_run(self._prepared(data.probe()))
+                except (AttributeError, AssertionError) as error:
+                    if not self.state.attentions:
+                        raise
+                    raise BitpressError(
+                        f"{type(self.model).__name__} uses its cache as compressed-tensors' quantized one cannot be "
+                        f"used ({error}): its attention's states stay as they are, without kv_cache_scheme."
+                    ) from error
         with self._calibrating(), self.state.watch.phase("proofs"):
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
@@ -114,7 +131,7 @@ class Session:
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
-        with self._calibrating():
+        with self._calibrating(), self._tapped():
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 
     @torch.no_grad()
@@ -122,7 +139,10 @@ class Session:
         """Write the new weights to the model, and to every quantized layer its scheme."""
         self._changes.commit(self.model)
         for name, packed in self._changes.packed.items():
-            attach(find_layer(self.model, name), self.state.schemes[name], packed)
+            attach(find_layer(self.model, name), self.state.schemes[name], packed, self.state.activations.get(name, {}))
+        for name, attention in self.state.attentions.items():
+            tensors = self.state.activations.get(name, {})
+            attach_attention(self.model, name, attention.scheme, tensors, queries=attention.queries)
         for modifier in self.recipe.modifiers:
             modifier.on_finalize(self.state)
         self.stored_bytes = {
@@ -133,6 +153,9 @@ class Session:
 
     def _calibrating(self) -> AbstractContextManager[None]:
         return calibrating(self.model, all_experts=self._all_experts)
+
+    def _tapped(self) -> AbstractContextManager[None]:
+        return tapped(self.model, {name: find_layer(self.model, name) for name in self.state.schemes}, self.state.taps)
 
     def _prepared(self, batch: Batch) -> Batch:
         """On the model's device, and without a cache: a block is run more than once."""

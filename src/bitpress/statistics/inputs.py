@@ -23,6 +23,7 @@ class Statistic(enum.Flag):
     GRAM = enum.auto()
     MEAN_MAGNITUDE = enum.auto()
     MAX_MAGNITUDE = enum.auto()
+    RANGE = enum.auto()
 
 
 class InputStatistics:
@@ -41,6 +42,8 @@ class InputStatistics:
         self._lower = _zeros(wanted & Statistic.GRAM, (features, features), device)
         self._sum = _zeros(wanted & Statistic.MEAN_MAGNITUDE, (features,), device)
         self._max = _zeros(wanted & Statistic.MAX_MAGNITUDE, (features,), device)
+        self._low = _zeros(wanted & Statistic.RANGE, (features,), device)
+        self._high = _zeros(wanted & Statistic.RANGE, (features,), device)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -53,6 +56,10 @@ class InputStatistics:
             for start in range(0, self.features, PANEL):
                 stop = min(start + PANEL, self.features)
                 self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        if self._low is not None and self._high is not None:
+            low, high = torch.aminmax(x, dim=0)
+            torch.minimum(self._low, low, out=self._low)
+            torch.maximum(self._high, high, out=self._high)
         if self._sum is None and self._max is None:
             return
         magnitude = x.abs()
@@ -67,7 +74,7 @@ class InputStatistics:
         if self._lower is not None:
             # Sums of squares: finite only if all the rest is.
             return bool(self._lower.diagonal().isfinite().all())
-        return all(bool(t.isfinite().all()) for t in (self._sum, self._max) if t is not None)
+        return all(bool(t.isfinite().all()) for t in (self._sum, self._max, self._low, self._high) if t is not None)
 
     @property
     def gram(self) -> Tensor:
@@ -89,15 +96,24 @@ class InputStatistics:
         """max(abs(X)) of each column: (in,), float32, in units of the activation."""
         return self._needed(self._max, Statistic.MAX_MAGNITUDE)
 
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of each column, or 0: two of (in,), float32, in units of the activation."""
+        return self._needed(self._low, Statistic.RANGE), self._needed(self._high, Statistic.RANGE)
+
     def rescale(self, scales: Tensor) -> None:
         """Follow X to X / scales: ``H`` becomes ``D^-1 H D^-1``. ``scales`` is (in,), > 0."""
         inverse = scales.float().reciprocal()
         if self._lower is not None:
             self._lower.mul_(inverse).mul_(inverse.unsqueeze(1))
-        if self._sum is not None:
-            self._sum.mul_(inverse)
-        if self._max is not None:
-            self._max.mul_(inverse)
+        for kept in (self._sum, self._max, self._low, self._high):
+            if kept is not None:
+                kept.mul_(inverse)
+
+    def widen(self, other: "InputStatistics") -> None:
+        """Let the range hold that of ``other`` too; what else there is stays as it is."""
+        for own, theirs, choose in zip(self.range, other.range, (torch.minimum, torch.maximum), strict=True):
+            choose(own, theirs, out=own)
 
     def merge(self, other: "InputStatistics") -> None:
         """Take in what ``other`` saw: the result is that of one collection over both inputs."""
@@ -113,10 +129,14 @@ class InputStatistics:
             self._sum += other._sum
         if self._max is not None and other._max is not None:
             torch.maximum(self._max, other._max, out=self._max)
+        if self._low is not None and other._low is not None:
+            torch.minimum(self._low, other._low, out=self._low)
+        if self._high is not None and other._high is not None:
+            torch.maximum(self._high, other._high, out=self._high)
 
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
-        device = next((t.device for t in (self._lower, self._sum, self._max) if t is not None), "cpu")
+        device = next((t.device for t in (self._lower, self._sum, self._max, self._low) if t is not None), "cpu")
         copy = InputStatistics(self.features, self.wanted, device)
         copy.merge(self)
         return copy
