@@ -63,8 +63,8 @@ class AWQModifier(QuantizationModifier):
 
     @property
     def states_scheme(self) -> bool:
-        """True with a scheme or config_groups: then this modifier quantizes as well."""
-        return self.scheme is not None or self.config_groups is not None
+        """True with a scheme, config_groups or choose_from: then this modifier quantizes as well."""
+        return any(stated is not None for stated in (self.scheme, self.config_groups, self.choose_from))
 
     @property
     def may_state_scheme(self) -> bool:
@@ -88,8 +88,10 @@ class AWQModifier(QuantizationModifier):
 
     def on_initialize(self, state: State) -> None:
         """Find the mappings of every block, and prove them."""
+        super().on_initialize(state)
         for name, scheme in state.schemes.items():
-            self._check_agreement(scheme.weights, name)
+            for each in state.candidates.get(name, [scheme]):
+                self._check_agreement(each.weights, name)
         if not any(block.calls for block in state.blocks):
             raise BitpressError("AWQModifier needs calibration data, but no dataset was given: give oneshot one.")
         resolution = resolve_mappings(state.model, state.blocks, self._considers, self.mappings, state.seed)

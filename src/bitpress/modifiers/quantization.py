@@ -13,6 +13,7 @@ from bitpress.models.blocks import Block
 from bitpress.models.experts import find_layer, fused_experts, named_layers, routers
 from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.models.smoothing import is_convolution
+from bitpress.modifiers.allocation import AllocatingModifier
 from bitpress.modifiers.base import Modifier, nearest
 from bitpress.modifiers.state import State
 from bitpress.quantization import (
@@ -36,7 +37,7 @@ SAMPLED_ROWS = 4
 NOTABLE = 0.01
 
 
-class QuantizationModifier(Modifier):
+class QuantizationModifier(AllocatingModifier):
     """Quantize the weights of linear layers, each value to the nearest point of its grid.
 
     Attributes:
@@ -44,6 +45,8 @@ class QuantizationModifier(Modifier):
         ignore: the same, for layers that are left alone.
         scheme: a preset's name ("W4A16"), a QuantizationScheme, or a dictionary of preset names and their targets.
         config_groups: schemes by any name, each with its targets.
+        choose_from, bits_per_weight, max_bytes: instead, a scheme of its own for each layer; see
+            :class:`AllocatingModifier`.
     """
 
     targets: list[str] = Field(default_factory=lambda: ["Linear", "Conv1D"])
@@ -73,6 +76,10 @@ class QuantizationModifier(Modifier):
         """The schemes with their targets, whichever field they were stated in."""
         if self.scheme is not None and self.config_groups is not None:
             raise BitpressError(f"{type(self).__name__}: state scheme or config_groups, not both.")
+        if self.choose_from is not None:
+            if self.scheme is not None or self.config_groups is not None:
+                raise BitpressError(f"{type(self).__name__}: state choose_from, or scheme or config_groups, not both.")
+            return self.offered(self.targets, stated="targets" in self.model_fields_set)
         if self.config_groups is not None:
             return self.config_groups
         if isinstance(self.scheme, QuantizationScheme):
@@ -89,7 +96,7 @@ class QuantizationModifier(Modifier):
         """See :meth:`Modifier.resolve_schemes`. The first group that matches a layer has it."""
         groups = self.groups()
         if not groups:
-            raise BitpressError(f"{type(self).__name__} states no scheme: give scheme= or config_groups=.")
+            raise BitpressError(f"{type(self).__name__} states no scheme: give scheme=, config_groups= or choose_from=.")
         self._check_patterns(model, groups)
         schemes: dict[str, QuantizationScheme] = {}
         for label, group in groups.items():
@@ -107,6 +114,8 @@ class QuantizationModifier(Modifier):
                 f"{type(self).__name__}: every layer that targets match is ignored or shares its weight."
             )
         _check_shapes(model, schemes)
+        for each in self.alternatives(model, schemes):
+            _check_shapes(model, each)
         return schemes
 
     def on_block(self, state: State, block: Block) -> None:

@@ -28,6 +28,7 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "quantized_layers": len(layers),
         "weight_bytes_before": before,
         "weight_bytes_after": sum(session.stored_bytes.values()),
+        **({"allocation": state.allocation} if state.allocation else {}),
         "layers": layers,
         "mappings": state.mapping_records,
         "layers_without_mapping": state.unmapped,

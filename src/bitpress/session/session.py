@@ -17,7 +17,7 @@ from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.lora import check_no_adapters
 from bitpress.modifiers import State
 from bitpress.modifiers.quantization import resolve_all
-from bitpress.pipelines import dry_run, infer_pipeline, run
+from bitpress.pipelines import dry_run, infer_pipeline, measure, run
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
@@ -80,6 +80,8 @@ class Session:
             check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
+        for modifier in modifiers:
+            self.state.candidates |= modifier.candidates(self.model, [n for n in schemes if owners[n] is modifier])
 
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
@@ -108,12 +110,18 @@ class Session:
         widths = {name: in_features(layer) for name, layer in layers.items()}
         collector = InputCollector(layers, widths, dict.fromkeys(layers, Statistic.MAX_MAGNITUDE))
         with collector.watching(), collector.batch(0, probe.mask()):
-            return dry_run(self.state, probe)
+            order = dry_run(self.state, probe)
+        numbers: dict[int, int] = {}
+        self.state.inputs = {
+            name: numbers.setdefault(id(statistics), len(numbers)) for name, statistics in collector.statistics.items()
+        }
+        return order
 
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
         with self._calibrating():
+            measure(self.state, self.recipe.modifiers, self._data, on_progress)
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 
     @torch.no_grad()

@@ -1,18 +1,22 @@
 """The algorithms, as pure functions of weights, statistics and schemes. No modules, no models."""
 
+from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
 from bitpress.solvers.gptq import GPTQ, gptq
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, round_to_nearest, search_parameters
+from bitpress.solvers.sensitivity import squared_slope
 
 __all__ = [
     "AWQ",
     "GPTQ",
     "BalanceWeight",
+    "allocate",
     "check_finite",
     "gptq",
     "output_error",
     "round_to_nearest",
     "search_parameters",
     "search_scales",
+    "squared_slope",
 ]
