@@ -14,14 +14,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from task import TEXTS, arguments, start  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+for folder in ("benchmarks", "examples"):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
 
 from compressed_tensors.quantization import ActivationOrdering  # noqa: E402
 from smollm2 import evaluation_text, perplexity, report  # noqa: E402
+from task import TEXTS, arguments, start  # noqa: E402
 
 from bitpress import AWQModifier, GPTQModifier, QuantizationModifier, oneshot  # noqa: E402
 from bitpress.modifiers.allocation import describe, rounding_error  # noqa: E402
@@ -59,7 +57,7 @@ def truth(args, model, tokenizer, tokens) -> None:
     """The divergence that each group of layers alone makes, and how the estimates rank them."""
     estimated = copy.deepcopy(model)
     compress(args, estimated, tokens, **choice(args))
-    found = estimated.bitpress.report["allocation"]
+    found = estimated.bitpress.report["allocations"][0]
     print("seconds", estimated.bitpress.report["seconds"])
     ids = tokenizer(evaluation_text("novel"), return_tensors="pt", verbose=False).input_ids[0]
     held_out = ids[: args.windows * 256].view(-1, 256)
@@ -108,7 +106,7 @@ def mixed(args, model, tokenizer, tokens) -> None:
         done = compressed.bitpress.report
         row = {text: perplexity(compressed, tokenizer, text, windows=args.windows) for text in TEXTS}
         rows[bits] = row
-        allocation = done.get("allocation", {})
+        allocation = done.get("allocations", [{}])[0]
         kept = {k: round(v, 4) for k, v in allocation.items() if isinstance(v, float)}
         count: dict[str, int] = {}
         for group in allocation.get("groups", ()):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from bitpress.quantization import (
     QuantizationType,
     QuantizedWeight,
     fake_quantize,
-    is_preset_scheme,
     preset_name_to_scheme,
 )
 from bitpress.solvers import allocate, squared_slope
@@ -71,9 +71,6 @@ class AllocatingModifier(Modifier):
             return self
         if len(budgets) != 1:
             raise ValueError("choose_from needs one budget, bits_per_weight or max_bytes")
-        for item in self.choose_from:
-            if isinstance(item, str) and not is_preset_scheme(item):
-                raise ValueError(f"choose_from: no preset is called {item!r}")
         if not self.choose_from:
             raise ValueError("choose_from is empty: name the schemes to choose from")
         return self
@@ -139,33 +136,37 @@ class AllocatingModifier(Modifier):
         groups = [_options(state, group) for group in together(state, self.measured_layers(state))]
         costs = [self._costs(state, group, measured) for group in groups]
         for group, of_group in zip(groups, costs, strict=True):
+            if not all(map(math.isfinite, of_group)):
+                raise BitpressError(
+                    f"{_label(group)}: a gradient of the loss is not finite, so that nothing says how much the layer "
+                    "matters. Load the model in float32 or bfloat16."
+                )
             if not any(of_group):
                 # Nothing is known of it: the largest is the safe choice.
                 logger.warning("%s: no gradient reached it in measuring; it has the largest scheme.", _label(group))
-                group.keep_only(max(range(len(of_group)), key=lambda i: self._size(state, group, i)))  # noqa: B023
-                of_group[:] = [0.0]
+                by_size = [self._size(state, group, i) for i in range(len(of_group))]
+                group.schemes, of_group[:] = [group.schemes[by_size.index(max(by_size))]], [0.0]
         self._check_budget(state, groups)
         sizes = [[self._size(state, group, i) for i in range(len(group.schemes))] for group in groups]
         picks = allocate(costs, sizes, self._budget(state, groups))
         for group, pick in zip(groups, picks, strict=True):
             state.schemes |= dict.fromkeys(group.layers, group.schemes[pick])
-        state.allocation = self._record(state, groups, costs, picks, measured)
+        state.allocations.append(self._record(state, groups, costs, picks, measured))
         self._growth = {}
 
     def _costs(self, state: State, group: "Options", measured: Measured) -> list[float]:
         """The growth of the loss per prediction with each of the group's schemes."""
-        totals = [0.0] * len(group.schemes)
+        totals = dict.fromkeys(map(id, group.schemes), 0.0)
         for name in group.layers:
-            known = self._growth.get(name)
-            if known is not None:
-                by_scheme = dict(zip(map(id, state.candidates[name]), known, strict=True))
-                totals = [t + by_scheme[id(s)] / (2 * measured.count) for t, s in zip(totals, group.schemes, strict=True)]
-        return totals
+            for scheme, growth in zip(state.candidates[name], self._growth.get(name, ()), strict=False):
+                if id(scheme) in totals:
+                    totals[id(scheme)] += growth / (2 * measured.count)
+        return list(totals.values())
 
     def _size(self, state: State, group: "Options", index: int) -> int:
-        args = group.schemes[index].weights
+        args: QuantizationArgs = group.schemes[index].weights
         if self.max_bytes is None:
-            return args.num_bits * group.weights
+            return int(args.num_bits) * group.weights
         return sum(_stored_bytes(state, name, args) for name in group.layers)
 
     def _budget(self, state: State, groups: Sequence["Options"]) -> int:
@@ -184,8 +185,8 @@ class AllocatingModifier(Modifier):
             bits = least / sum(group.weights for group in groups)
             stated, possible = f"bits_per_weight={self.bits_per_weight:g}", f"{bits:.4g} bits per weight"
         raise BitpressError(
-            f"{type(self).__name__}: {stated} cannot be met: the smallest schemes of choose_from take {possible}. Raise "
-            "the budget, or add a smaller scheme."
+            f"{type(self).__name__}: {stated} cannot be met: the smallest schemes of choose_from take {possible}. "
+            "Raise the budget, or add a smaller scheme."
         )
 
     def _record(
@@ -199,7 +200,9 @@ class AllocatingModifier(Modifier):
         chosen = [group.schemes[pick].weights for group, pick in zip(groups, picks, strict=True)]
         weights = sum(group.weights for group in groups)
         stored = sum(
-            _stored_bytes(state, name, args) for group, args in zip(groups, chosen, strict=True) for name in group.layers
+            _stored_bytes(state, name, args)
+            for group, args in zip(groups, chosen, strict=True)
+            for name in group.layers
         )
         return {
             "loss": measured.loss,
@@ -232,10 +235,6 @@ class Options:
     layers: list[str]
     schemes: list[QuantizationScheme]
     weights: int
-
-    def keep_only(self, index: int) -> None:
-        """Leave no choice."""
-        self.schemes = [self.schemes[index]]
 
 
 def describe(args: QuantizationArgs) -> str:

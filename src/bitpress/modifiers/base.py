@@ -47,7 +47,9 @@ class Modifier(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            # A problem of several fields together has no place.
+            places = (("".join(f"{part}." for part in e["loc"])[:-1], e["msg"]) for e in error.errors())
+            problems = "; ".join(f"{place}: {message}" if place else message for place, message in places)
             field = str(next(iter(error.errors()[0]["loc"]), ""))
             raise FieldError(f"{type(self).__name__}: {problems}", field) from error
 

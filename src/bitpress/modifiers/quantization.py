@@ -59,11 +59,11 @@ class QuantizationModifier(AllocatingModifier):
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("scheme")
+    @field_validator("scheme", "choose_from")
     @classmethod
     def _known_preset(cls, value: Any) -> Any:
-        for name in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
-            if not is_preset_scheme(name):
+        for name in [value] if isinstance(value, str) else value if isinstance(value, (dict, list)) else ():
+            if isinstance(name, str) and not is_preset_scheme(name):
                 raise ValueError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
         return value
 
@@ -96,7 +96,9 @@ class QuantizationModifier(AllocatingModifier):
         """See :meth:`Modifier.resolve_schemes`. The first group that matches a layer has it."""
         groups = self.groups()
         if not groups:
-            raise BitpressError(f"{type(self).__name__} states no scheme: give scheme=, config_groups= or choose_from=.")
+            raise BitpressError(
+                f"{type(self).__name__} states no scheme: give scheme=, config_groups= or choose_from=."
+            )
         self._check_patterns(model, groups)
         schemes: dict[str, QuantizationScheme] = {}
         for label, group in groups.items():

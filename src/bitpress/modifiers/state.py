@@ -58,7 +58,7 @@ class State:
             scheme is the first of them.
         inputs: a number for each distinct input tensor of the dry run, by the layer's name; a layer that did not run is
             absent.
-        allocation: what was chosen and why, for the report.
+        allocations: what each modifier that chooses has chosen and why, for the report.
         statistics: of the current block's layers; a layer that did not run, or whose modifiers ask for nothing, is
             absent. Layers that share their input share the object.
         ranges: scale and zero point that a modifier has chosen for a layer of the current block, for the one that
@@ -79,7 +79,7 @@ class State:
     blocks: list[Block]
     candidates: dict[str, list[QuantizationScheme]] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
-    allocation: dict[str, Any] = field(default_factory=dict)
+    allocations: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)

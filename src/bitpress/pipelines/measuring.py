@@ -25,12 +25,10 @@ from bitpress.pipelines.solving import OnProgress, Progress
 
 # One gradient each: more say the same more exactly.
 DRAWS = 8
-POSITIONS = 512
+POSITIONS = 256
 
 
-def measure(
-    state: State, modifiers: Sequence[Modifier], data: CalibrationData | None, on_progress: OnProgress
-) -> None:
+def measure(state: State, modifiers: Sequence[Modifier], data: CalibrationData | None, on_progress: OnProgress) -> None:
     """Show the modifiers that ask for it the gradients at the weights of their layers.
 
     Each of at most :data:`DRAWS` draws is one sequence of at most :data:`POSITIONS` tokens, or one batch where the data
@@ -51,7 +49,7 @@ def measure(
             for index, batch in enumerate(draws):
                 on_progress(Progress(0, len(state.blocks), f"draw {index + 1} of {len(draws)}", "measure"))
                 likelihood, values, loss = _likelihood(state.model, batch, generator)
-                likelihood.backward()  # type: ignore[no-untyped-call]
+                likelihood.backward()
                 count += values
         for modifier, _ in asking:
             modifier.on_measured(state, Measured(loss, len(draws), count))
@@ -120,30 +118,35 @@ def _only_weights(state: State, asking: Sequence[tuple[Modifier, set[str]]]) -> 
     for name in state.schemes:
         if any(name in names for _, names in asking):
             measured.setdefault(_parameter(find_layer(state.model, name)), []).append(name)
-    before = [(p, p.requires_grad, p.grad) for p in state.model.parameters()]
-    handles = []
 
-    def show(parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)  # noqa: S101
+    @torch.no_grad()
+    def show(parameter: Any) -> None:
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return
-        with torch.no_grad():
-            for name in measured[parameter]:
-                of_layer = _gradient(find_layer(state.model, name), gradient)
-                for modifier, names in asking:
-                    if name in names:
-                        modifier.on_gradient(state, name, of_layer)
+        for name in measured[parameter]:
+            of_layer = _gradient(find_layer(state.model, name), gradient)
+            for modifier in (m for m, names in asking if name in names):
+                modifier.on_gradient(state, name, of_layer)
 
-    try:
-        for parameter, _, _ in before:
+    with _own_gradients_kept(state.model):
+        for parameter in state.model.parameters():
             parameter.requires_grad_(parameter in measured)
-            parameter.grad = None
-        handles += [parameter.register_post_accumulate_grad_hook(show) for parameter in measured]
+        handles = [parameter.register_post_accumulate_grad_hook(show) for parameter in measured]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _own_gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` no parameter has a gradient; afterwards all have their own again, and want what they did."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
+    try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
@@ -178,7 +181,8 @@ def _run_again_on_the_way_back(blocks: Sequence[Block]) -> Iterator[None]:
         yield
     finally:
         for block in parts:
-            if own[block.name] is None:
+            forward = own[block.name]
+            if forward is None:
                 block.module.__dict__.pop("forward", None)
             else:
-                block.module.forward = own[block.name]
+                block.module.forward = forward

@@ -12,7 +12,7 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
     """Layers, mappings, bytes, seconds by phase and versions of a finished session.
 
     Errors are relative to the energy of a layer's output where its inputs are known (``relative_error``), and of its
-    weight (``weight_error``); bytes are those of the quantized layers' weights, scales and zero points.
+    weight (``weight_error``); ``allocations`` say which schemes were chosen for which layers; bytes are those of the quantized layers' weights, scales and zero points.
     """
     state = session.state
     layers = {
@@ -28,7 +28,7 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "quantized_layers": len(layers),
         "weight_bytes_before": before,
         "weight_bytes_after": sum(session.stored_bytes.values()),
-        **({"allocation": state.allocation} if state.allocation else {}),
+        **({"allocations": state.allocations} if state.allocations else {}),
         "layers": layers,
         "mappings": state.mapping_records,
         "layers_without_mapping": state.unmapped,

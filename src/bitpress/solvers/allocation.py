@@ -69,7 +69,7 @@ def _spend(
     left = slack - sum(e[c] for e, c in zip(extra, chosen, strict=True))
     while True:
         gain, group, choice = max(
-            (costs[g][chosen[g]] - cost, g, c)
+            (of_group[chosen[g]] - cost, g, c)
             for g, of_group in enumerate(costs)
             for c, cost in enumerate(of_group)
             if extra[g][c] - extra[g][chosen[g]] <= left
