@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
-from bitpress.models.experts import ExpertLinear, find_layer
-from bitpress.models.linears import has_columns, weight_matrix
+from bitpress.models.experts import find_layer
+from bitpress.models.linears import weight_matrix
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.fused import together
 from bitpress.modifiers.state import Measured, State
 from bitpress.quantization import (
     QuantizationArgs,
@@ -39,6 +40,9 @@ class AllocatingModifier(Modifier):
     rounded to nearest with each of the candidates (:func:`bitpress.solvers.squared_slope`). The choice that adds up to
     the least growth within the budget is that of :func:`bitpress.solvers.allocate`. Layers that serving engines fuse
     have one scheme: those of a block that receive the same input, and all experts of one module.
+
+    The estimate is that of round-to-nearest, whichever solver follows: AWQ and GPTQ lower the error of every candidate,
+    and what counts here is how the layers compare.
 
     Attributes:
         choose_from: the candidates: names of presets, or schemes. A scheme is a candidate for the layers that its
@@ -249,45 +253,6 @@ def rounding_error(weight: Tensor, args: QuantizationArgs) -> Tensor:
     W = weight.float()
     scale, zero_point = minmax_parameters(W, args, weight.dtype)
     return fake_quantize(W, scale.float(), None if args.symmetric else zero_point, args).sub_(W)
-
-
-def together(state: State, names: Iterable[str]) -> list[list[str]]:
-    """Layers that must have one scheme, because serving engines fuse them.
-
-    They are the layers of a block that receive the same input (query, key and value; gate and up projection), and all
-    layers of the experts of one module, whether it keeps them in 3-D parameters or in a list beside a router.
-    """
-    blocks = {name: block for block in state.blocks for name in block.layers}
-    found: dict[Hashable, list[str]] = {}
-    lists = _lists_of_experts(state.model)
-    for name in names:
-        layer = find_layer(state.model, name)
-        listed = next((owner for owner in lists if name.startswith(f"{owner}.")), None)
-        key: Hashable
-        if isinstance(layer, ExpertLinear):
-            key = id(layer.experts.module)
-        elif listed is not None:
-            key = listed
-        elif name in state.inputs:
-            key = (blocks[name].name, state.inputs[name])
-        else:
-            key = (name,)
-        found.setdefault(key, []).append(name)
-    return list(found.values())
-
-
-def _lists_of_experts(model: nn.Module) -> list[str]:
-    """Names of the lists of modules that stand beside a router: a layer with one output for each of them."""
-    found = []
-    for name, parent in model.named_modules():
-        for local, child in parent.named_children():
-            if not isinstance(child, nn.ModuleList) or len(child) < 2:
-                continue
-            beside = [each for n, each in parent.named_children() if n != local]
-            matrices = [m for each in beside for m in each.modules() if has_columns(m)]
-            if any(len(m._parameters["weight"]) == len(child) for m in matrices):
-                found.append(f"{name}.{local}" if name else local)
-    return found
 
 
 def _options(state: State, names: list[str]) -> Options:

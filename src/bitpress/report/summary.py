@@ -12,7 +12,8 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
     """Layers, mappings, bytes, seconds by phase and versions of a finished session.
 
     Errors are relative to the energy of a layer's output where its inputs are known (``relative_error``), and of its
-    weight (``weight_error``); ``allocations`` say which schemes were chosen for which layers; bytes are those of the quantized layers' weights, scales and zero points.
+    weight (``weight_error``); bytes are those of the quantized layers' weights, scales and zero points. Where modifiers
+    chose schemes, ``allocations`` says which, and by how much the loss was estimated to grow with each of them.
     """
     state = session.state
     layers = {

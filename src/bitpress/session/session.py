@@ -120,8 +120,10 @@ class Session:
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
-        with self._calibrating():
+        # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
+        with calibrating(self.model, one_by_one=False):
             measure(self.state, self.recipe.modifiers, self._data, on_progress)
+        with self._calibrating():
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 
     @torch.no_grad()
