@@ -110,7 +110,7 @@ class AllocatingModifier(Modifier):
     def alternatives(
         self, model: nn.Module, schemes: dict[str, QuantizationScheme]
     ) -> list[dict[str, QuantizationScheme]]:
-        """For each candidate, the layers that it is one for."""
+        """Schemes by layer, as often as it takes to name every candidate of every layer: each must fit."""
         found = self.candidates(model, schemes)
         return [
             {name: of_layer[i] for name, of_layer in found.items() if i < len(of_layer)}
