@@ -58,10 +58,26 @@ smoothing = {
     "n_grid": st.integers(1, 100),
     "clip": st.booleans(),
 }
-modifiers = st.one_of(
-    st.fixed_dictionaries({}, optional=quantization).map(lambda fields: QuantizationModifier(**fields)),
-    st.fixed_dictionaries({}, optional={**quantization, **smoothing}).map(lambda fields: AWQModifier(**fields)),
-)
+choice = {
+    "choose_from": st.lists(presets | args, min_size=1, max_size=3),
+    "bits_per_weight": st.floats(0.1, 16),
+    "max_bytes": st.integers(1, 10**12),
+}
+
+
+def one_of(kind, fields):
+    """The modifier with some of the fields, and a budget with something to spend it on, or none."""
+    none = st.just({})
+    budgets = [
+        st.fixed_dictionaries({k: choice[k] for k in ("choose_from", b)}) for b in ("bits_per_weight", "max_bytes")
+    ]
+    chosen = st.one_of(none, *budgets)
+    return st.builds(
+        lambda stated, budget: kind(**stated, **budget), st.fixed_dictionaries({}, optional=fields), chosen
+    )
+
+
+modifiers = one_of(QuantizationModifier, quantization) | one_of(AWQModifier, {**quantization, **smoothing})
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -84,8 +100,8 @@ def test_the_designs_recipe_round_trips():
 
 def test_the_fields_cover_the_modifiers():
     # A new field belongs in the strategies above.
-    assert set(quantization) == set(QuantizationModifier.model_fields)
-    assert {*quantization, *smoothing} == set(AWQModifier.model_fields)
+    assert {*quantization, *choice} == set(QuantizationModifier.model_fields)
+    assert {*quantization, *choice, *smoothing} == set(AWQModifier.model_fields)
 
 
 # Where recipes come from.

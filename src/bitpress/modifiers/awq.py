@@ -58,8 +58,8 @@ class AWQModifier(QuantizationModifier):
 
     @property
     def states_scheme(self) -> bool:
-        """True with a scheme or config_groups: then this modifier quantizes as well."""
-        return self.scheme is not None or self.config_groups is not None
+        """True with a scheme, config_groups or choose_from: then this modifier quantizes as well."""
+        return any(stated is not None for stated in (self.scheme, self.config_groups, self.choose_from))
 
     @property
     def may_state_scheme(self) -> bool:
@@ -85,7 +85,8 @@ class AWQModifier(QuantizationModifier):
         """Find the mappings of every block, and prove them."""
         super().on_initialize(state)
         for name, scheme in state.schemes.items():
-            self._check_agreement(scheme.weights, name)
+            for each in state.candidates.get(name, [scheme]):
+                self._check_agreement(each.weights, name)
         self._resolved = find_proven(state, self._considers, self.mappings, "AWQModifier")
         self._balanced = {n for found in self._resolved.values() for mapping in found for n in mapping.balance}
 

@@ -1,14 +1,15 @@
 """The base of all modifiers: fields that are checked, and the events that a modifier may answer."""
 
 import difflib
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
-from bitpress.modifiers.state import State
+from bitpress.modifiers.state import Measured, State
 from bitpress.quantization import QuantizationScheme
 from bitpress.statistics import Statistic
 
@@ -46,7 +47,9 @@ class Modifier(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            # A problem of several fields together has no place.
+            places = (("".join(f"{part}." for part in e["loc"])[:-1], e["msg"]) for e in error.errors())
+            problems = "; ".join(f"{place}: {message}" if place else message for place, message in places)
             field = str(next(iter(error.errors()[0]["loc"]), ""))
             raise FieldError(f"{type(self).__name__}: {problems}", field) from error
 
@@ -76,6 +79,10 @@ class Modifier(BaseModel):
         """
         return {}
 
+    def candidates(self, model: nn.Module, names: Collection[str]) -> dict[str, list[QuantizationScheme]]:
+        """The schemes among which this modifier will choose for layers that are its own, by name; none by default."""
+        return {}
+
     def on_initialize(self, state: State) -> None:
         """Before any computing: schemes and blocks are known, the dry run has been made. Refuse here what is wrong."""
 
@@ -86,6 +93,16 @@ class Modifier(BaseModel):
         as it was is fed.
         """
         return Statistic.NONE
+
+    def measured_layers(self, state: State) -> Collection[str]:
+        """Layers of which the gradients of the loss must be seen before anything is solved; none by default."""
+        return ()
+
+    def on_gradient(self, state: State, name: str, gradient: Tensor) -> None:
+        """One draw's gradient at the weight (out, in) of a measured layer; see :func:`bitpress.pipelines.measure`."""
+
+    def on_measured(self, state: State, measured: Measured) -> None:
+        """After the last draw, before the first block: the last moment to change ``state.schemes``."""
 
     def on_block(self, state: State, block: Block) -> None:
         """Solve one block: ``state.statistics`` is filled; write the new weights to the block's layers."""

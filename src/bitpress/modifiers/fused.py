@@ -1,9 +1,13 @@
-"""What layers share that servers fuse into one: q, k and v, or gate and up."""
+"""What layers share that serving engines fuse into one (q, k and v; gate and up): schemes, and global scales."""
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
+
+from torch import nn
 
 from bitpress.models.blocks import Block
-from bitpress.models.linears import in_features, weight_matrix
+from bitpress.models.experts import ExpertLinear, find_layer
+from bitpress.models.linears import has_columns, in_features, weight_matrix
 from bitpress.modifiers.state import State
 from bitpress.quantization import has_global_scale, shared_global_scale
 
@@ -23,3 +27,42 @@ def choose_global_scales(state: State, block: Block) -> None:
         weights = [weight_matrix(block.layers[name]) for name in names]
         shared = shared_global_scale(weights, state.schemes[names[0]].weights)
         state.global_scales |= {name: shared.clone() for name in names}
+
+
+def together(state: State, names: Iterable[str]) -> list[list[str]]:
+    """Layers that must have one scheme, because serving engines fuse them.
+
+    They are the layers of a block that receive the same input (query, key and value; gate and up projection), and all
+    layers of the experts of one module, whether it keeps them in 3-D parameters or in a list beside a router.
+    """
+    blocks = {name: block for block in state.blocks for name in block.layers}
+    found: dict[Hashable, list[str]] = {}
+    lists = _lists_of_experts(state.model)
+    for name in names:
+        layer = find_layer(state.model, name)
+        listed = next((owner for owner in lists if name.startswith(f"{owner}.")), None)
+        key: Hashable
+        if isinstance(layer, ExpertLinear):
+            key = id(layer.experts.module)
+        elif listed is not None:
+            key = listed
+        elif name in state.inputs:
+            key = (blocks[name].name, state.inputs[name])
+        else:
+            key = (name,)
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def _lists_of_experts(model: nn.Module) -> list[str]:
+    """Names of the lists of modules that stand beside a router: a layer with one output for each of them."""
+    found = []
+    for name, parent in model.named_modules():
+        for local, child in parent.named_children():
+            if not isinstance(child, nn.ModuleList) or len(child) < 2:
+                continue
+            beside = [each for n, each in parent.named_children() if n != local]
+            matrices = [m for each in beside for m in each.modules() if has_columns(m)]
+            if any(len(m._parameters["weight"]) == len(child) for m in matrices):
+                found.append(f"{name}.{local}" if name else local)
+    return found

@@ -24,6 +24,7 @@ from bitpress.modifiers.activations import (
     is_of_attention,
     readable_activations,
 )
+from bitpress.modifiers.allocation import AllocatingModifier
 from bitpress.modifiers.base import Modifier, nearest
 from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.observers import check_observer, observed_ranges, states_observer, statistics_of_observer
@@ -53,7 +54,7 @@ SAMPLED_ROWS = 4
 NOTABLE = 0.01
 
 
-class QuantizationModifier(Modifier):
+class QuantizationModifier(AllocatingModifier):
     """Quantize the weights of linear layers, each value to the nearest point of its grid.
 
     What a scheme says of activations is done when the model runs: here, in transformers and in servers alike. Scales
@@ -67,6 +68,8 @@ class QuantizationModifier(Modifier):
         config_groups: schemes by any name, each with its targets. One without weights is of attention modules: its
             ``input_activations`` are the grid of queries, keys and values.
         kv_cache_scheme: the grid of all keys and values, as they are cached: per tensor, or per head ("attn_head").
+        choose_from, bits_per_weight, max_bytes: instead, a scheme of its own for each layer; see
+            :class:`AllocatingModifier`.
 
     How a weight's ranges are chosen is its scheme's ``observer``: "minmax" (from the least to the greatest value, the
     default), "mse" (shrunk, for the least squared error of the weight), "imatrix_mse" (the same, each column weighed by
@@ -85,11 +88,11 @@ class QuantizationModifier(Modifier):
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("scheme")
+    @field_validator("scheme", "choose_from")
     @classmethod
     def _known_preset(cls, value: Any) -> Any:
-        for name in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
-            if not is_preset_scheme(name):
+        for name in [value] if isinstance(value, str) else value if isinstance(value, (dict, list)) else ():
+            if isinstance(name, str) and not is_preset_scheme(name):
                 raise ValueError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
         return value
 
@@ -102,6 +105,10 @@ class QuantizationModifier(Modifier):
         """The schemes with their targets, whichever field they were stated in."""
         if self.scheme is not None and self.config_groups is not None:
             raise BitpressError(f"{type(self).__name__}: state scheme or config_groups, not both.")
+        if self.choose_from is not None:
+            if self.scheme is not None or self.config_groups is not None:
+                raise BitpressError(f"{type(self).__name__}: state choose_from, or scheme or config_groups, not both.")
+            return self.offered(self.targets, stated="targets" in self.model_fields_set)
         if self.config_groups is not None:
             return self.config_groups
         if isinstance(self.scheme, QuantizationScheme):
@@ -118,7 +125,9 @@ class QuantizationModifier(Modifier):
         """See :meth:`Modifier.resolve_schemes`. The first group that matches a layer has it."""
         groups = self.groups()
         if not groups and self.kv_cache_scheme is None:
-            raise BitpressError(f"{type(self).__name__} states no scheme: give scheme= or config_groups=.")
+            raise BitpressError(
+                f"{type(self).__name__} states no scheme: give scheme=, config_groups= or choose_from=."
+            )
         groups = {label: group for label, group in groups.items() if not is_of_attention(group)}
         if not groups:
             return {}
@@ -141,6 +150,9 @@ class QuantizationModifier(Modifier):
         schemes = readable_activations(model, schemes)
         _check_shapes(model, schemes)
         check_widths(model, schemes)
+        for each in self.alternatives(model, schemes):
+            _check_shapes(model, each)
+            check_widths(model, each)
         return schemes
 
     def resolve_attentions(self, model: nn.Module) -> dict[str, AttentionScheme]:
@@ -155,7 +167,8 @@ class QuantizationModifier(Modifier):
         return wanted | statistics_of_observer(state.schemes[name].weights) if mine else wanted
 
     def on_initialize(self, state: State) -> None:
-        """Refuse static activations of what the dry run has not seen."""
+        """Refuse static activations of what the dry run has not seen, and budgets that cannot be met."""
+        super().on_initialize(state)
         static = self._static(state, [*state.schemes, *state.taps])
         if static and not any(block.calls for block in state.blocks):
             check_measured(static, self, "no dataset was given to calibrate it: give oneshot one")

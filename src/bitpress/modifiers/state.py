@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -30,6 +30,22 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the gradients of a measuring pass are of.
+
+    Attributes:
+        loss: "kl", the divergence from the model's own predictions in nats; "output", half the relative squared error
+            of the model's output.
+        draws: how many gradients each layer had.
+        count: predictions ("kl") or values ("output") that the draws had in all.
+    """
+
+    loss: Literal["kl", "output"]
+    draws: int
+    count: int
+
+
 @dataclass
 class State:
     """One compression: the model, what is targeted, and what is known of the block that is being solved.
@@ -42,6 +58,11 @@ class State:
         attentions: how the states of attention are quantized, by its name.
         taps: where ranges are taken that are not of a layer's input, by name; ``owners`` has their modifiers too.
         activations: the tensors of static grids, by the name of the layer or attention.
+        candidates: the schemes among which a modifier will choose for a layer, by name; until it has, the layer's
+            scheme is the first of them.
+        inputs: a number for each distinct input tensor of the dry run, by the layer's name; a layer that did not run is
+            absent.
+        allocations: what each modifier that chooses has chosen and why, for the report.
         statistics: of the current block's layers; a layer that did not run, or whose modifiers ask for nothing, is
             absent. Layers that share their input share the object.
         ranges: scale and zero point that a modifier has chosen for a layer of the current block, for the one that
@@ -64,6 +85,9 @@ class State:
     attentions: dict[str, Any] = field(default_factory=dict)
     taps: dict[str, Tap] = field(default_factory=dict)
     activations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    candidates: dict[str, list[QuantizationScheme]] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+    allocations: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     global_scales: dict[str, Tensor] = field(default_factory=dict)

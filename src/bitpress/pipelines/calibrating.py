@@ -12,12 +12,13 @@ from bitpress.models.experts import every_token
 
 
 @contextmanager
-def calibrating(model: nn.Module, *, all_experts: bool = True) -> Iterator[None]:
+def calibrating(model: nn.Module, *, all_experts: bool = True, one_by_one: bool = True) -> Iterator[None]:
     """Inside the ``with``: evaluation mode, no gradients, no cache, and forwards that use every layer one by one.
 
     Args:
         model: the model.
         all_experts: let experts that are watched see every token, not only those that the router sends them.
+        one_by_one: False lets the model multiply by all experts in one kernel of its own, where no layer is watched.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -27,7 +28,8 @@ def calibrating(model: nn.Module, *, all_experts: bool = True) -> Iterator[None]
                 # A cache would grow each time a block runs; fused kernels do not tell one expert from another.
                 stack.enter_context(_setting(config, "use_cache", value=False))
                 # The public name would set it in the parts' configs too.
-                stack.enter_context(_setting(config, "_experts_implementation_internal", value="eager"))
+                if one_by_one:
+                    stack.enter_context(_setting(config, "_experts_implementation_internal", value="eager"))
             stack.enter_context(called_out_projections(model))
             stack.enter_context(every_token(model, enabled=all_experts))
             stack.enter_context(torch.no_grad())

@@ -35,9 +35,10 @@ def infer_pipeline(named: str | None, state: State, modifiers: Sequence[Modifier
         raise BitpressError(f"pipeline {named!r} is not known{nearest(named, list(PIPELINES))}")
     places = [*state.schemes, *state.taps]
     asking = [type(m).__name__ for m in modifiers if any(m.required_statistics(state, n) for n in places)]
-    if asking and (named == "datafree" or not has_data):
+    measuring = [type(m).__name__ for m in modifiers if m.measured_layers(state)]
+    if (asking and named == "datafree") or ((asking or measuring) and not has_data):
         why = "the datafree pipeline has none" if has_data else "no dataset was given"
-        raise BitpressError(f"{asking[0]} needs calibration data, but {why}: give oneshot a dataset.")
+        raise BitpressError(f"{(asking or measuring)[0]} needs calibration data, but {why}: give oneshot a dataset.")
     if named is not None:
         return named
     if not asking:

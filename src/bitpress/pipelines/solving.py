@@ -21,7 +21,7 @@ class Progress:
         done: blocks that are finished.
         total: blocks in all.
         block: the current block, for people.
-        phase: "calibrate", "solve" or "propagate".
+        phase: "measure", "calibrate", "solve" or "propagate".
     """
 
     done: int

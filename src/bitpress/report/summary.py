@@ -18,7 +18,8 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
 
     Errors are relative to the energy of a layer's output where its inputs are known (``relative_error``), and of its
     weight (``weight_error``); bytes are those of the quantized layers' weights, scales and zero points. Layers and
-    attentions whose activations are quantized say how, with the scales that are not taken at run time.
+    attentions whose activations are quantized say how, with the scales that are not taken at run time. Where modifiers
+    chose schemes, ``allocations`` says which, and by how much the loss was estimated to grow with each of them.
     """
     state = session.state
     layers = {
@@ -38,6 +39,7 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "quantized_layers": len(layers),
         "weight_bytes_before": before,
         "weight_bytes_after": sum(session.stored_bytes.values()),
+        **({"allocations": state.allocations} if state.allocations else {}),
         "layers": layers,
         "attentions": {
             name: _activations(session, name, dict.fromkeys(each.states, each.args))

@@ -19,7 +19,7 @@ from bitpress.models.taps import tapped
 from bitpress.modifiers import State
 from bitpress.modifiers.activations import make_taps, resolve_attentions
 from bitpress.modifiers.quantization import resolve_all
-from bitpress.pipelines import dry_run, infer_pipeline, run
+from bitpress.pipelines import dry_run, infer_pipeline, measure, run
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
@@ -90,6 +90,8 @@ class Session:
         self.state.taps = make_taps(self.model, schemes, attentions)
         of_taps = {name: of_attention.get(tap.owner, owners.get(tap.owner)) for name, tap in self.state.taps.items()}
         self.state.owners = {**owners, **of_taps}
+        for modifier in modifiers:
+            self.state.candidates |= modifier.candidates(self.model, [n for n in schemes if owners[n] is modifier])
 
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
@@ -126,11 +128,19 @@ class Session:
         widths = {name: in_features(layer) for name, layer in layers.items()}
         collector = InputCollector(layers, widths, dict.fromkeys(layers, Statistic.MAX_MAGNITUDE))
         with collector.watching(), collector.batch(0, probe.mask()):
-            return dry_run(self.state, probe)
+            order = dry_run(self.state, probe)
+        numbers: dict[int, int] = {}
+        self.state.inputs = {
+            name: numbers.setdefault(id(statistics), len(numbers)) for name, statistics in collector.statistics.items()
+        }
+        return order
 
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
+        # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
+        with calibrating(self.model, one_by_one=False):
+            measure(self.state, self.recipe.modifiers, self._data, on_progress)
         with self._calibrating(), self._tapped():
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
 

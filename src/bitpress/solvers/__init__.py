@@ -1,9 +1,11 @@
 """The algorithms, as pure functions of weights, statistics and schemes. No modules, no models."""
 
+from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
 from bitpress.solvers.gptq import GPTQ, gptq
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
+from bitpress.solvers.sensitivity import squared_slope
 from bitpress.solvers.smoothquant import SmoothQuant, search_strength, smoothing_scales
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "GPTQ",
     "BalanceWeight",
     "SmoothQuant",
+    "allocate",
     "check_finite",
     "gptq",
     "minmax_parameters",
@@ -20,4 +23,5 @@ __all__ = [
     "search_scales",
     "search_strength",
     "smoothing_scales",
+    "squared_slope",
 ]
