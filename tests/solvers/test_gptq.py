@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitpress import BitpressError, GPTQModifier
-from bitpress.quantization import QuantizationArgs, check_supported
-from bitpress.solvers import gptq, output_error, round_to_nearest
+from bitpress.quantization import QuantizationArgs, QuantizedWeight, check_supported, preset_name_to_scheme
+from bitpress.solvers import gptq, gptq_together, output_error, round_to_nearest
 from bitpress.solvers.gptq import inverse_factor
 
 
@@ -114,6 +114,49 @@ def test_dampening_grows_until_the_matrix_can_be_factored():
     found = gptq(weight, gram, QuantizationArgs(num_bits=4, group_size=16), torch.float32)
     assert found.dampening > 0.01
     assert found.weight.dequantize().isfinite().all()
+
+
+GRIDS = {
+    "float8 channel": QuantizationArgs(num_bits=8, type="float", strategy="channel"),
+    "float8 ragged blocks": QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[20, 24]),
+    **{name: preset_name_to_scheme(name, []).weights for name in ("NVFP4A16", "MXFP4A16", "MXFP8A16")},
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_grids_of_floats_it_is_better_than_rounding_and_on_the_grid(grid):
+    args = GRIDS[grid]
+    weight, gram = problem(48, 64, 400, 5)
+    rounded = round_to_nearest(weight, args, torch.float32)
+    found = gptq(weight, gram, args, torch.float32).weight
+    assert torch.equal(found.scale, rounded.scale)
+    dense = found.dequantize()
+    again = QuantizedWeight.on_grid(dense, found.scale, found.zero_point, args, found.global_scale)
+    assert torch.equal(again.dequantize(), dense)
+    before, after = (output_error(q.dequantize() - weight, gram) for q in (rounded, found))
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("strategy", ["group", "channel", "tensor"])
+def test_layers_that_are_solved_together_are_solved_as_alone(strategy):
+    size = {"group_size": 16} if strategy == "group" else {}
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy=strategy, actorder="static", **size)
+    first, gram = problem(24, 32, 200, 6)
+    second = problem(9, 32, 200, 7)[0]
+    both = gptq_together([first, second], gram, args, torch.float32, [None, None], [None, None])
+    for weight, found in zip((first, second), both, strict=True):
+        alone = gptq(weight, gram, args, torch.float32).weight
+        assert torch.equal(found.weight.scale, alone.scale)
+        # Sums of another order: a value half-way between two points may fall to the other side.
+        equal = (found.weight.values == alone.values).all(1)
+        assert float(equal.double().mean()) > 0.8
+
+
+def test_the_report_names_the_dampening_of_each_layer():
+    session = tiny.compress(
+        tiny.llama(), [GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme()})], tiny.token_data()
+    )
+    assert {record["dampening"] >= 0.01 for record in session.state.layer_records.values()} == {True}
 
 
 def test_after_awq_in_one_recipe():

@@ -1,16 +1,15 @@
 """GPTQModifier: let the columns that are not rounded yet make up for the error of those that are."""
 
 import logging
+from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
-from bitpress.errors import BitpressError
-from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.quantization import Problem, QuantizationModifier
 from bitpress.modifiers.state import State
-from bitpress.quantization import QuantizationArgs, QuantizationType, QuantizedWeight
-from bitpress.solvers import gptq
-from bitpress.statistics import InputStatistics, Statistic
+from bitpress.quantization import QuantizedWeight
+from bitpress.solvers import gptq_together
+from bitpress.statistics import Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -30,39 +29,45 @@ class GPTQModifier(QuantizationModifier):
     dampening_frac: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=128, ge=1)
 
-    def on_initialize(self, state: State) -> None:
-        """Refuse grids that the solver does not know."""
-        for name, scheme in state.schemes.items():
-            if state.owners.get(name) is self and scheme.weights.type != QuantizationType.INT:
-                raise BitpressError(
-                    f"GPTQModifier rounds to integers, and the scheme of {name} has floats: use QuantizationModifier."
-                )
-
     def required_statistics(self, state: State, name: str) -> Statistic:
         """The Gram matrix of the layers that this modifier quantizes."""
         mine = state.owners.get(name) is self and name in state.schemes
         return super().required_statistics(state, name) | (Statistic.GRAM if mine else Statistic.NONE)
 
-    def solve(
-        self,
-        weight: Tensor,
-        args: QuantizationArgs,
-        statistics: InputStatistics | None,
-        ranges: tuple[Tensor, Tensor] | None,
-        global_scale: Tensor | None = None,
-    ) -> QuantizedWeight:
-        """See :meth:`QuantizationModifier.solve`; a layer that did not run is rounded to nearest."""
-        if statistics is None or not statistics.rows:
-            return super().solve(weight, args, statistics, ranges, global_scale)
-        found = gptq(
-            weight,
-            statistics.gram,
-            args,
-            weight.dtype,
-            ranges,
-            dampening=self.dampening_frac,
-            block_size=self.block_size,
-        )
-        if found.dampening > self.dampening_frac:
-            logger.warning("GPTQ needed a dampening of %g (%g was asked for).", found.dampening, self.dampening_frac)
-        return found.weight
+    def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
+        """See :meth:`QuantizationModifier.solve_all`; a layer that did not run is rounded to nearest.
+
+        Layers that share their input and their scheme share a factorization, and are solved at once.
+        """
+        solved: dict[str, QuantizedWeight] = {}
+        for problem in problems:
+            if problem.name in solved:
+                continue
+            if problem.statistics is None or not problem.statistics.rows:
+                solved[problem.name] = super().solve_all([problem])[0]
+                continue
+            group = [p for p in problems if _are_one(problem, p)]
+            found = gptq_together(
+                [p.weight for p in group],
+                problem.statistics.gram,
+                problem.args,
+                problem.weight.dtype,
+                [p.ranges for p in group],
+                [p.global_scale for p in group],
+                self.dampening_frac,
+                self.block_size,
+            )
+            if found[0].dampening > self.dampening_frac:
+                logger.warning(
+                    "GPTQ needed a dampening of %g for %s (%g was asked for): the inputs of calibration say little of "
+                    "some directions. More samples may help.",
+                    found[0].dampening, ", ".join(p.name for p in group), self.dampening_frac,
+                )  # fmt: skip
+            for p, each in zip(group, found, strict=True):
+                p.figures["dampening"] = each.dampening
+                solved[p.name] = each.weight
+        return [solved[problem.name] for problem in problems]
+
+
+def _are_one(a: Problem, b: Problem) -> bool:
+    return a.statistics is b.statistics and a.args == b.args and a.weight.dtype == b.weight.dtype

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +53,29 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLED_ROWS = 4
 # Parameters that are left alone are spoken of from this share of the model on.
 NOTABLE = 0.01
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer that is to be quantized.
+
+    Attributes:
+        name: of the layer.
+        weight: (out, in): the layer's own, which the result is written to.
+        args: the scheme.
+        statistics: of its inputs, if it ran and a modifier asked for any.
+        ranges: scale and zero point that its observer or an earlier modifier chose, if one did.
+        global_scale: (1,), float32: what scales are relative to, where the scheme has one.
+        figures: what the report is to say of it; a solver may add to them.
+    """
+
+    name: str
+    weight: Tensor
+    args: QuantizationArgs
+    statistics: InputStatistics | None
+    ranges: tuple[Tensor, Tensor] | None
+    global_scale: Tensor | None
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class QuantizationModifier(AllocatingModifier):
@@ -201,9 +225,21 @@ class QuantizationModifier(AllocatingModifier):
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
         choose_global_scales(state, block)
-        for name, module in block.layers.items():
-            if state.owners.get(name) is self:
-                self._quantize(state, name, module)
+        problems = [
+            self._problem(state, name, module)
+            for name, module in block.layers.items()
+            if state.owners.get(name) is self
+        ]
+        for problem, quantized in zip(problems, self.solve_all(problems), strict=True):
+            values = quantized.dequantize()
+            figures = _figures(problem.weight, values, quantized, problem.statistics)
+            state.layer_records.setdefault(problem.name, {}).update(figures | problem.figures)
+            problem.weight.copy_(values)
+            state.quantized[problem.name] = quantized
+
+    def solve_all(self, problems: Sequence["Problem"]) -> list[QuantizedWeight]:
+        """The quantized forms of a block's layers; a modifier that solves several together overrides this."""
+        return [self.solve(p.weight, p.args, p.statistics, p.ranges, p.global_scale) for p in problems]
 
     def solve(
         self,
@@ -220,18 +256,13 @@ class QuantizationModifier(AllocatingModifier):
         """
         return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
-    def _quantize(self, state: State, name: str, module: nn.Module) -> None:
+    def _problem(self, state: State, name: str, module: nn.Module) -> "Problem":
         matrix = weight_matrix(module)
         check_finite(matrix, name)
-        statistics = state.statistics.get(name)
-        args = state.schemes[name].weights
+        args, statistics = state.schemes[name].weights, state.statistics.get(name)
         global_scale = state.global_scales.get(name)
         ranges = observed_ranges(matrix, args, statistics, global_scale) or state.ranges.get(name)
-        quantized = self.solve(matrix, args, statistics, ranges, global_scale)
-        values = quantized.dequantize()
-        state.layer_records.setdefault(name, {}).update(_figures(matrix, values, quantized, statistics))
-        matrix.copy_(values)
-        state.quantized[name] = quantized
+        return Problem(name, matrix, args, statistics, ranges, global_scale)
 
     def _check_patterns(self, model: nn.Module, groups: dict[str, QuantizationScheme]) -> None:
         modules = list(named_layers(model))

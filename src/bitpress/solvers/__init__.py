@@ -2,7 +2,7 @@
 
 from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
-from bitpress.solvers.gptq import GPTQ, gptq
+from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
 from bitpress.solvers.sensitivity import squared_slope
@@ -16,6 +16,7 @@ __all__ = [
     "allocate",
     "check_finite",
     "gptq",
+    "gptq_together",
     "minmax_parameters",
     "output_error",
     "round_to_nearest",

@@ -1,13 +1,15 @@
 """GPTQ: round column after column, and let the columns that are left make up for the error."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from torch import Tensor
 
-from bitpress.quantization.grid import integer_range
+from bitpress.quantization.grid import GROUPED, block_shape, points_dtype, round_to_points
+from bitpress.quantization.scales import has_global_scale, shared_global_scale, step_sizes
 from bitpress.quantization.weights import QuantizedWeight
 from bitpress.solvers.ranges import minmax_parameters
 
@@ -38,11 +40,12 @@ def gptq(
     args: QuantizationArgs,
     dtype: torch.dtype,
     ranges: tuple[Tensor, Tensor] | None = None,
+    global_scale: Tensor | None = None,
     *,
     dampening: float = 0.01,
     block_size: int = 128,
 ) -> GPTQ:
-    """The integers that GPTQ chooses (Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1).
+    """The points that GPTQ chooses (Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1), on any grid.
 
     For each column j, with U the upper Cholesky factor of ``(H + dI)^-1``: the column is rounded, and its error over
     ``U[j, j]`` times the rest of U's row j is taken from the columns behind it. Within a block that is done by halves:
@@ -53,51 +56,93 @@ def gptq(
     be stored.
 
     Args:
-        weight: (out, in), any float dtype; solved in float32. Rows are solved apart from each other, so that layers
-            which share their input are solved at once, one below the other.
+        weight: (out, in), any float dtype; solved in float32.
         gram: (in, in), float32, ``H = X^T X``. Columns of zeros are rounded to nearest.
         args: the scheme.
         dtype: what scales are stored in.
         ranges: scale and zero point of every group; by default those that span the least and greatest value.
+        global_scale: (1,), float32: what scales are relative to; by default, where the scheme has one, the weight's.
         dampening: d as a share of the mean of H's diagonal.
         block_size: columns whose errors are passed on at once to all columns behind them.
     """
-    scale, zero_point = minmax_parameters(weight.float(), args, dtype) if ranges is None else ranges
+    return gptq_together([weight], gram, args, dtype, [ranges], [global_scale], dampening, block_size)[0]
+
+
+@torch.no_grad()
+def gptq_together(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    args: QuantizationArgs,
+    dtype: torch.dtype,
+    ranges: Sequence[tuple[Tensor, Tensor] | None],
+    global_scales: Sequence[Tensor | None],
+    dampening: float = 0.01,
+    block_size: int = 128,
+) -> list[GPTQ]:
+    """:func:`gptq` of layers that share their input and their scheme: rows are solved apart, so all layers' at once."""
+    wholes = [
+        shared_global_scale([weight], args) if whole is None and has_global_scale(args) else whole
+        for weight, whole in zip(weights, global_scales, strict=True)
+    ]
+    found = [
+        minmax_parameters(weight.float(), args, dtype, whole) if stated is None else stated
+        for weight, stated, whole in zip(weights, ranges, wholes, strict=True)
+    ]
     H = gram.float()
     order = H.diagonal().argsort(descending=True, stable=True) if _by_activation(args) else None
     columns = torch.arange(len(H), device=H.device) if order is None else order
     factor, used = inverse_factor(H if order is None else H[order][:, order], dampening)
-    # Columns are rows here: each is contiguous. Where all rows share a range, it is a column of one.
-    W = weight.T[columns].float()
-    if W.data_ptr() == weight.data_ptr():
-        W = W.clone()
-    groups = columns // args.group_size if args.strategy == QuantizationStrategy.GROUP else columns * 0
+    rows = [len(weight) for weight in weights]
+    # Columns are rows here: each is contiguous.
     solver = _Columns(
-        W,
+        torch.cat([weight.T[columns].float() for weight in weights], 1),
         factor,
-        scale.float().reshape(-1, scale.shape[-1]).T.contiguous(),
-        zero_point.float().reshape(-1, scale.shape[-1]).T.contiguous(),
-        groups.tolist(),
+        torch.cat([_steps(s, whole, n, args) for (s, _), whole, n in zip(found, wholes, rows, strict=True)], 1),
+        torch.cat([_by_group(z, n, args) for (_, z), n in zip(found, rows, strict=True)], 1),
+        _group_of(columns, args),
         args,
     )
-    for start in range(0, len(W), block_size):
-        stop = min(start + block_size, len(W))
+    for start in range(0, len(H), block_size):
+        stop = min(start + block_size, len(H))
         solver.solve(start, stop)
-        solver.pass_on(start, stop, len(W))
-    integers = torch.empty_like(W, dtype=torch.int8)
-    integers[columns] = solver.values.to(torch.int8)
-    return GPTQ(QuantizedWeight(integers.T.contiguous(), scale, zero_point, args), used)
+        solver.pass_on(start, stop, len(H))
+    points = torch.empty_like(solver.values)
+    points[columns] = solver.values
+    return [
+        GPTQ(QuantizedWeight(part.T.contiguous().to(points_dtype(args)), *parameters, args, whole), used)
+        for part, parameters, whole in zip(points.split(rows, 1), found, wholes, strict=True)
+    ]
+
+
+def _steps(scale: Tensor, global_scale: Tensor | None, rows: int, args: QuantizationArgs) -> Tensor:
+    return _by_group(step_sizes(scale, global_scale), rows, args)
+
+
+def _by_group(parameters: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
+    """Parameters of every row: (groups, rows), float32."""
+    block = block_shape(args)
+    if block is not None:
+        parameters = parameters.repeat_interleave(block[0], 0)[:rows]
+    return parameters.float().reshape(-1, parameters.shape[-1]).expand(rows, -1).T.contiguous()
+
+
+def _group_of(columns: Tensor, args: QuantizationArgs) -> list[int]:
+    """The group in which each column stands."""
+    block = block_shape(args)
+    if block is None and args.strategy not in GROUPED:
+        return [0] * len(columns)
+    groups: list[int] = (columns // (args.group_size if block is None else block[1])).tolist()
+    return groups
 
 
 class _Columns:
     """The columns while they are solved, as rows: ``left`` holds what is left to be rounded, then the errors."""
 
     def __init__(
-        self, left: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, groups: list[int], args: QuantizationArgs
+        self, left: Tensor, factor: Tensor, step: Tensor, zero_point: Tensor, groups: list[int], args: QuantizationArgs
     ) -> None:
-        self.left, self.factor, self.scale, self.zero_point, self.groups = left, factor, scale, zero_point, groups
-        self.symmetric = args.symmetric
-        self.limits = integer_range(args)
+        self.left, self.factor, self.step, self.groups, self.args = left, factor, step, groups, args
+        self.zero_point = None if args.symmetric else zero_point
         self.values = torch.empty_like(left)
         self.diagonal = factor.diagonal().tolist()
 
@@ -120,15 +165,14 @@ class _Columns:
 
     def _round(self, j: int) -> None:
         """Round column j, and put its error over ``U[j, j]`` in its place."""
-        scale, q = self.scale[self.groups[j]], self.values[j]
-        torch.div(self.left[j], scale, out=q)
-        if self.symmetric:
-            q.clamp_(*self.limits).round_()
-            self.left[j].addcmul_(q, scale, value=-1).div_(self.diagonal[j])
-        else:
-            zero_point = self.zero_point[self.groups[j]]
-            q.add_(zero_point).clamp_(*self.limits).round_()
-            self.left[j].addcmul_(q - zero_point, scale, value=-1).div_(self.diagonal[j])
+        step, q = self.step[self.groups[j]], self.values[j]
+        torch.div(self.left[j], step, out=q)
+        zero_point = None if self.zero_point is None else self.zero_point[self.groups[j]]
+        if zero_point is not None:
+            q.add_(zero_point)
+        round_to_points(q, self.args)
+        offset = q if zero_point is None else q - zero_point
+        self.left[j].addcmul_(offset, step, value=-1).div_(self.diagonal[j])
 
 
 def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
