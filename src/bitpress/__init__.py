@@ -6,6 +6,7 @@ from bitpress.mappings import find_mappings
 from bitpress.modifiers import (
     AWQMapping,
     AWQModifier,
+    DistillationModifier,
     GPTQModifier,
     Modifier,
     QuantizationModifier,
@@ -19,6 +20,7 @@ __all__ = [
     "AWQMapping",
     "AWQModifier",
     "BitpressError",
+    "DistillationModifier",
     "GPTQModifier",
     "Modifier",
     "QuantizationModifier",

@@ -2,6 +2,7 @@
 
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.distillation import DistillationModifier
 from bitpress.modifiers.gptq import GPTQModifier
 from bitpress.modifiers.mappings import AWQMapping, exclude_mapping, register_mappings
 from bitpress.modifiers.quantization import QuantizationModifier
@@ -11,6 +12,7 @@ from bitpress.modifiers.state import State
 __all__ = [
     "AWQMapping",
     "AWQModifier",
+    "DistillationModifier",
     "GPTQModifier",
     "Modifier",
     "QuantizationModifier",

@@ -321,11 +321,11 @@ def _grid(state: State, name: str) -> QuantizationArgs | None:
 
 
 def _check_same(name: str, a: QuantizationScheme, b: QuantizationScheme, of: tuple[Modifier, Modifier]) -> None:
-    for field in ("weights", "input_activations", "output_activations"):
-        if getattr(a, field) != getattr(b, field):
+    for part in ("weights", "input_activations", "output_activations"):
+        if getattr(a, part) != getattr(b, part):
             raise BitpressError(
-                f"{type(of[0]).__name__} and {type(of[1]).__name__} disagree about the {field} of {name}: "
-                f"{_describe(getattr(a, field))} and {_describe(getattr(b, field))}. State it in one of them."
+                f"{type(of[0]).__name__} and {type(of[1]).__name__} disagree about the {part} of {name}: "
+                f"{_describe(getattr(a, part))} and {_describe(getattr(b, part))}. State it in one of them."
             )
 
 

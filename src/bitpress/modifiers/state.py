@@ -46,6 +46,15 @@ class Measured:
     count: int
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How the scales are tuned after the last block; see :class:`bitpress.modifiers.DistillationModifier`."""
+
+    epochs: int
+    learning_rate: float
+    held_out: float
+
+
 @dataclass
 class State:
     """One compression: the model, what is targeted, and what is known of the block that is being solved.
@@ -72,6 +81,8 @@ class State:
         layer_records: a dictionary of figures per quantized layer, for the report.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
         unmapped: why a layer has no mapping that scales its input, by name, for the report.
+        tuning: how scales are tuned once all is solved, if they are.
+        distillation: what that brought, for the report.
         watch: the seconds spent in each phase.
         seed: of everything random.
         min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
@@ -95,6 +106,8 @@ class State:
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)
     unmapped: dict[str, str] = field(default_factory=dict)
+    tuning: Tuning | None = None
+    distillation: dict[str, Any] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
     seed: int = 42
     min_expert_tokens: int = 0

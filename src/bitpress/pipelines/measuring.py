@@ -11,16 +11,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from bitpress.errors import BitpressError
-from bitpress.models.blocks import Block
 from bitpress.models.experts import ExpertLinear, find_layer
 from bitpress.models.linears import as_parameter
 from bitpress.modifiers import Modifier, State
 from bitpress.modifiers.state import Measured
 from bitpress.pipelines.data import Batch, CalibrationData
+from bitpress.pipelines.gradients import (
+    first_tensor,
+    keeping_inputs,
+    own_gradients_kept,
+    predictions,
+    replaced_forwards,
+)
 from bitpress.pipelines.solving import OnProgress, Progress
 
 # One gradient each: more say the same more exactly.
@@ -45,7 +49,7 @@ def measure(state: State, modifiers: Sequence[Modifier], data: CalibrationData |
     count = 0
     loss: Literal["kl", "output"] = "kl"
     with state.watch.phase("measure"):
-        with _only_weights(state, asking), _run_again_on_the_way_back(state.blocks), torch.enable_grad():
+        with _only_weights(state, asking), replaced_forwards(state.blocks, keeping_inputs), torch.enable_grad():
             for index, batch in enumerate(draws):
                 on_progress(Progress(0, len(state.blocks), f"draw {index + 1} of {len(draws)}", "measure"))
                 likelihood, values, loss = _likelihood(state.model, batch, generator)
@@ -75,12 +79,10 @@ def _likelihood(
 ) -> tuple[Tensor, int, Literal["kl", "output"]]:
     """The log-likelihood of predictions that are drawn from the model's own, how many, and the kind of the loss."""
     output = model(*batch.args, **batch.kwargs)
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.shape[-1] > 1:
+    logits = predictions(output, batch)
+    if logits is not None:
         loss: Literal["kl", "output"] = "kl"
-        mask = batch.mask()
-        rows = logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits
-        scores = rows.reshape(-1, rows.shape[-1]).float().log_softmax(-1)
+        scores = logits.log_softmax(-1)
         # Drawn on the CPU: the same labels on every device.
         labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
         likelihood, count = scores.gather(1, labels).sum(), len(scores)
@@ -102,13 +104,13 @@ def _likelihood(
 
 
 def _first_output(model: nn.Module, output: Any) -> Tensor:
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad:
-            return leaf.float()
-    raise BitpressError(
-        f"the output of {type(model).__name__} holds no tensor that has a gradient, so that nothing says which layers "
-        "matter: state scheme= or config_groups= in place of choose_from=."
-    )
+    found = first_tensor(output, with_gradient=True)
+    if found is None:
+        raise BitpressError(
+            f"the output of {type(model).__name__} holds no tensor that has a gradient, so that nothing says which "
+            "layers matter: state scheme= or config_groups= in place of choose_from=."
+        )
+    return found
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def _only_weights(state: State, asking: Sequence[tuple[Modifier, set[str]]]) -> 
             for modifier in (m for m, names in asking if name in names):
                 modifier.on_gradient(state, name, of_layer)
 
-    with _own_gradients_kept(state.model):
+    with own_gradients_kept(state.model):
         for parameter in state.model.parameters():
             parameter.requires_grad_(parameter in measured)
         handles = [parameter.register_post_accumulate_grad_hook(show) for parameter in measured]
@@ -136,20 +138,6 @@ def _only_weights(state: State, asking: Sequence[tuple[Modifier, set[str]]]) -> 
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _own_gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` no parameter has a gradient; afterwards all have their own again, and want what they did."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    for parameter, _, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:
@@ -164,25 +152,3 @@ def _gradient(layer: nn.Module, gradient: Tensor) -> Tensor:
     if isinstance(layer, ExpertLinear):
         return layer.projection.within(gradient[layer.expert])
     return as_parameter(layer, gradient)  # which undoes itself
-
-
-@contextmanager
-def _run_again_on_the_way_back(blocks: Sequence[Block]) -> Iterator[None]:
-    """Inside the ``with`` blocks keep their inputs only, and compute the rest again when gradients ask for it."""
-    parts = [block for block in blocks if block.name and block.name not in block.layers]
-    own = {block.name: block.module.__dict__.get("forward") for block in parts}
-
-    def keeping_inputs(forward: Any) -> Any:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    try:
-        for block in parts:
-            block.module.forward = keeping_inputs(block.module.forward)
-        yield
-    finally:
-        for block in parts:
-            forward = own[block.name]
-            if forward is None:
-                block.module.__dict__.pop("forward", None)
-            else:
-                block.module.forward = forward

@@ -19,7 +19,7 @@ from bitpress.models.taps import tapped
 from bitpress.modifiers import State
 from bitpress.modifiers.activations import make_taps, resolve_attentions
 from bitpress.modifiers.quantization import resolve_all
-from bitpress.pipelines import dry_run, infer_pipeline, measure, run
+from bitpress.pipelines import check_enough, distill, dry_run, infer_pipeline, measure, run
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
@@ -116,6 +116,7 @@ class Session:
         with self._calibrating(), self.state.watch.phase("proofs"):
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
+        check_enough(self.state, data)
         for block in self.state.blocks:
             block.forget()
         self.pipeline = infer_pipeline(
@@ -143,6 +144,8 @@ class Session:
             measure(self.state, self.recipe.modifiers, self._data, on_progress)
         with self._calibrating(), self._tapped():
             self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
+        with calibrating(self.model, one_by_one=False):
+            distill(self.state, self._data, self._changes, on_progress)
 
     @torch.no_grad()
     def finalize(self) -> None:

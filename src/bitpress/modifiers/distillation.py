@@ -1,0 +1,39 @@
+"""DistillationModifier: tune the scales of the solved model until it predicts what the original does."""
+
+from pydantic import Field
+
+from bitpress.errors import BitpressError
+from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.state import State, Tuning
+
+
+class DistillationModifier(Modifier):
+    """Tune all scales together, end to end, once every block is solved.
+
+    Integers and zero points stay; each scale is multiplied by a factor that gradients find. That the scales alone make
+    up for much is EfficientQAT's finding (Chen et al., 2024, https://arxiv.org/abs/2407.11062, section 3.3; it trains
+    them on labels). Here the loss is the divergence of the compressed model's predictions from the original's (Hinton
+    et al., 2015, https://arxiv.org/abs/1503.02531), which says more of each token than a label does, so that one pass
+    over few samples is enough, and a second would learn them by heart. Some batches are held out: what does not bring
+    these nearer to the original is not kept.
+
+    It stands last in a recipe. It keeps the inputs of all blocks for one batch, the activations of one block, and one
+    byte for each weight; an epoch costs about five forwards. Quantized activations are not simulated.
+
+    Attributes:
+        epochs: passes over the calibration batches.
+        learning_rate: of Adam, for the factors' logarithms; it falls linearly to 0.
+        held_out: the share of the batches that only judge.
+    """
+
+    epochs: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    held_out: float = Field(default=0.125, gt=0, lt=1)
+
+    def on_initialize(self, state: State) -> None:
+        """Ask for the pass, if there is data for it."""
+        if not any(block.calls for block in state.blocks):
+            raise BitpressError("DistillationModifier needs calibration data, but no dataset was given.")
+        if state.tuning is not None:
+            raise BitpressError("the recipe has two DistillationModifiers: state one.")
+        state.tuning = Tuning(self.epochs, self.learning_rate, self.held_out)
