@@ -220,7 +220,6 @@ def test_a_layer_that_is_not_reached_has_the_largest_scheme(caplog):
         ({"choose_from": [scheme(3), scheme(4)], "max_bytes": 1000}, r"cannot be met: .* take \d+ bytes"),
         ({"choose_from": [scheme(3)], "bits_per_weight": 4, "scheme": "W4A16"}, "choose_from, or scheme"),
         ({"choose_from": [scheme(3), scheme(4, group_size=48)], "bits_per_weight": 4}, "group_size 48 does not divide"),
-        ({"choose_from": [scheme(3), "MXFP4A16"], "bits_per_weight": 4}, "type float with num_bits 4 is not supported"),
     ],
 )
 def test_refusals(stated, message):

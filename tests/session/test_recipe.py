@@ -176,15 +176,15 @@ def test_anchors():
 
 
 def test_a_modifier_of_the_users_own():
-    class Doubling(Modifier):
+    class Tripling(Modifier):
         factor: float = 2.0
 
     try:
-        recipe = Recipe.of("- Doubling: {factor: 3}\n- Doubling:\n")
+        recipe = Recipe.of("- Tripling: {factor: 3}\n- Tripling:\n")
         assert [m.factor for m in recipe.modifiers] == [3.0, 2.0]
         assert Recipe.of(recipe.to_yaml()) == recipe
     finally:
-        del Modifier.known["Doubling"]
+        del Modifier.known["Tripling"]
 
 
 # What is shipped.
