@@ -62,6 +62,16 @@ def test_what_makes_it_worse_is_not_kept():
     tiny.assert_unchanged(tuned, tiny.snapshot(plain))
 
 
+def test_what_is_kept_for_the_way_back_changes_nothing_but_memory():
+    found = []
+    for recompute in (True, False):
+        model = tiny.llama()
+        tiny.compress(model, [*rtn(bits=3), DistillationModifier(gradient_checkpointing=recompute)], DATA)
+        found.append(tiny.snapshot(model))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name])
+
+
 def test_padding_does_not_count():
     batches = []
     for seed in range(8):

@@ -53,6 +53,7 @@ class Tuning:
     epochs: int
     learning_rate: float
     held_out: float
+    gradient_checkpointing: bool
 
 
 @dataclass

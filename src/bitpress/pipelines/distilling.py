@@ -104,6 +104,7 @@ class _Student:
     def __init__(self, state: State, changes: Changes) -> None:
         self.factors: dict[str, nn.Parameter] = {}
         self._blocks = state.blocks
+        self._recompute = state.tuning is not None and state.tuning.gradient_checkpointing
         self._parts = {block.name: self._substitutes(state, changes, block) for block in state.blocks}
 
     def _substitutes(self, state: State, changes: Changes, block: Block) -> list[Substitute]:
@@ -136,7 +137,7 @@ class _Student:
             with substituted(parts):
                 return forward(*args, **kwargs)
 
-        return keeping_inputs(block, solved)
+        return keeping_inputs(block, solved) if self._recompute else solved
 
 
 def _rescaled(weight: QuantizedWeight, factor: Tensor) -> Tensor:
