@@ -21,12 +21,14 @@ class GPTQModifier(QuantizationModifier):
     ranges that were chosen there. ``actorder="static"`` in the scheme rounds the most active columns first.
 
     Attributes:
-        dampening_frac: share of the mean of the Gram matrix's diagonal that is added to it. It grows where the matrix
-            cannot be factored with that, which is warned of.
+        dampening_frac: share of the mean of the Gram matrix's diagonal that is added to it. The usual 0.01 lets GPTQ
+            hide its errors in directions that few calibration tokens happened to use: with so little, text unlike the
+            calibration's fares worse than with AWQ alone (docs/benchmarks.md). It grows where the matrix cannot be
+            factored even so, which is warned of.
         block_size: columns whose errors are passed on at once.
     """
 
-    dampening_frac: float = Field(default=0.01, gt=0)
+    dampening_frac: float = Field(default=0.1, gt=0)
     block_size: int = Field(default=128, ge=1)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
