@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import is_match
 from pydantic import Field, field_validator
@@ -13,46 +12,44 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
-from bitpress.models.experts import find_layer, fused_experts, named_layers, routers
-from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
-from bitpress.models.smoothing import is_convolution
+from bitpress.models.experts import find_layer, named_layers
+from bitpress.models.linears import is_linear, weight_matrix
 from bitpress.modifiers.activations import (
     AttentionScheme,
     attention_schemes,
-    check_group,
     check_measured,
     check_widths,
     is_of_attention,
     readable_activations,
 )
 from bitpress.modifiers.allocation import AllocatingModifier
-from bitpress.modifiers.base import Modifier, nearest
+from bitpress.modifiers.base import nearest
 from bitpress.modifiers.fused import choose_global_scales
-from bitpress.modifiers.observers import check_observer, observed_ranges, states_observer, statistics_of_observer
+from bitpress.modifiers.observers import observed_ranges, statistics_of_observer
 from bitpress.modifiers.state import State
+from bitpress.modifiers.targeting import (
+    check_scheme,
+    check_shapes,
+    drop_routers,
+    drop_shared_weights,
+    say_what_is_no_layer,
+)
 from bitpress.quantization import (
     QuantizationArgs,
     QuantizationScheme,
-    QuantizationType,
     QuantizedWeight,
-    check_supported,
     is_preset_scheme,
     is_static,
     preset_name_to_scheme,
     static_tensors,
-    stored_format,
 )
-from bitpress.quantization.grid import GROUPED, block_shape
 from bitpress.solvers import check_finite, output_error, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
 
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The report's errors are estimates from every so many rows of a weight: exact ones would cost a quarter of the search.
 SAMPLED_ROWS = 4
-# Parameters that are left alone are spoken of from this share of the model on.
-NOTABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -158,24 +155,24 @@ class QuantizationModifier(AllocatingModifier):
         self._check_patterns(model, groups)
         schemes: dict[str, QuantizationScheme] = {}
         for label, group in groups.items():
-            _check_scheme(label, group)
+            check_scheme(label, group)
             for name, module in named_layers(model):
                 if name in schemes or not is_linear(module) or not is_match(name, module, group.targets):
                     continue
                 if not is_match(name, module, self.ignore):
                     schemes[name] = group
-        _say_what_is_no_layer(model)
-        _drop_routers(model, schemes)
-        _drop_shared_weights(model, schemes)
+        say_what_is_no_layer(model)
+        drop_routers(model, schemes)
+        drop_shared_weights(model, schemes)
         if not schemes:
             raise BitpressError(
                 f"{type(self).__name__}: every layer that targets match is ignored or shares its weight."
             )
         schemes = readable_activations(model, schemes)
-        _check_shapes(model, schemes)
+        check_shapes(model, schemes)
         check_widths(model, schemes)
         for each in self.alternatives(model, schemes):
-            _check_shapes(model, each)
+            check_shapes(model, each)
             check_widths(model, each)
         return schemes
 
@@ -286,29 +283,6 @@ class QuantizationModifier(AllocatingModifier):
 PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 
 
-def resolve_all(
-    modifiers: list[Modifier], model: nn.Module
-) -> tuple[dict[str, QuantizationScheme], dict[str, Modifier]]:
-    """The scheme of every layer that the recipe quantizes, and the modifier that does it.
-
-    The last modifier that states a scheme for a layer quantizes it; the others must agree with it.
-
-    Raises:
-        BitpressError: two modifiers want different grids for one layer, or none states a scheme at all.
-    """
-    schemes: dict[str, QuantizationScheme] = {}
-    owners: dict[str, Modifier] = {}
-    stating = [m for m in modifiers if m.states_scheme] or [m for m in modifiers if m.may_state_scheme]
-    for modifier in reversed(stating):
-        for name, scheme in modifier.resolve_schemes(model).items():
-            if name in schemes:
-                _check_same(name, scheme, schemes[name], (modifier, owners[name]))
-            schemes.setdefault(name, scheme)
-            owners.setdefault(name, modifier)
-    order = [name for name, _ in named_layers(model) if name in schemes]
-    return {name: schemes[name] for name in order}, owners
-
-
 def _grid(state: State, name: str) -> QuantizationArgs | None:
     """The grid of a layer's input, or of what a tap receives."""
     tap = state.taps.get(name)
@@ -318,122 +292,6 @@ def _grid(state: State, name: str) -> QuantizationArgs | None:
         args: QuantizationArgs = state.attentions[tap.owner].args
         return args
     return state.schemes[tap.owner].output_activations
-
-
-def _check_same(name: str, a: QuantizationScheme, b: QuantizationScheme, of: tuple[Modifier, Modifier]) -> None:
-    for part in ("weights", "input_activations", "output_activations"):
-        if getattr(a, part) != getattr(b, part):
-            raise BitpressError(
-                f"{type(of[0]).__name__} and {type(of[1]).__name__} disagree about the {part} of {name}: "
-                f"{_describe(getattr(a, part))} and {_describe(getattr(b, part))}. State it in one of them."
-            )
-
-
-def _describe(args: QuantizationArgs | None) -> str:
-    if args is None:
-        return "none"
-    group = f", groups of {args.group_size}" if args.group_size else ""
-    observer = f", observer {args.observer}" if states_observer(args) else ""
-    kind = "" if args.type == QuantizationType.INT else " (float)"
-    grid = f"{args.num_bits} bits{kind}, {'symmetric' if args.symmetric else 'asymmetric'}"
-    return f"{grid}, per {args.strategy}{group}{observer}"
-
-
-def _check_scheme(label: str, scheme: QuantizationScheme) -> None:
-    if scheme.weights is None:
-        raise BitpressError(f"config group {label!r} has no weights: weight quantization needs weights=.")
-    check_group(label, scheme)
-    try:
-        check_supported(scheme.weights)
-        check_observer(scheme.weights)
-        stored_format(scheme)
-    except BitpressError as error:
-        raise BitpressError(f"config group {label!r}: {error}") from error
-
-
-def _check_shapes(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
-    """Every problem at once: group sizes that do not divide, dtypes that cannot hold a scale."""
-    problems: dict[tuple[int, int], list[str]] = {}
-    ragged: dict[tuple[int, int], list[str]] = {}
-    for name, scheme in schemes.items():
-        layer = find_layer(model, name)
-        dtype = weight_matrix(layer).dtype
-        if dtype not in STORED_DTYPES:
-            raise BitpressError(f"{name}.weight is {dtype}: load the model in float32, float16 or bfloat16.")
-        args = scheme.weights
-        if args.strategy in GROUPED and in_features(layer) % args.group_size:
-            problems.setdefault((args.group_size, in_features(layer)), []).append(name)
-        block = block_shape(args)
-        if block is not None and in_features(layer) % block[1]:
-            ragged.setdefault((block[1], in_features(layer)), []).append(name)
-    if not problems:
-        for (columns, width), names in ragged.items():
-            logger.warning(
-                "blocks of %d columns do not divide the %d inputs of %s: transformers reads them, but vLLM's kernels "
-                "want whole blocks. Add the layers to ignore if it is to serve them.", columns, width, _some(names),
-            )  # fmt: skip
-        return
-    lines = []
-    for (group, width), names in problems.items():
-        fits = ", ".join(str(d) for d in (256, 128, 96, 64, 48, 32, 16, 8) if width % d == 0) or "none of the usual"
-        lines.append(
-            f"group_size {group} does not divide the {width} inputs of {_some(names)} (sizes that fit: {fits})"
-        )
-    raise BitpressError("; ".join(lines) + ". Choose a size that fits, or add the layers to ignore.")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
-
-
-def _drop_routers(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
-    """Routers of experts are left alone, as servers expect, unless a target names them."""
-    for name in routers(model):
-        if name in schemes and not any(is_match(name, _NAMELESS, target) for target in schemes[name].targets):
-            logger.info("%s decides about experts and is left alone: name it in targets to quantize it.", name)
-            del schemes[name]
-
-
-_NAMELESS = nn.Module()  # matches by its name only
-
-
-def _drop_shared_weights(model: nn.Module, schemes: dict[str, QuantizationScheme]) -> None:
-    """A weight that another module uses too (a tied head) is left alone: to quantize it would change both."""
-    users: dict[int, list[str]] = {}
-    for name, module in named_layers(model):
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(_place(parameter), []).append(name)
-    for name in list(schemes):
-        others = [n for n in users[_place(find_layer(model, name).weight)] if n != name]
-        if others:
-            logger.warning("%s shares its weight with %s and is left alone.", name, ", ".join(others))
-            del schemes[name]
-
-
-def _place(parameter: Any) -> Any:
-    """Equal for parameters that are one, and for those that only share their memory."""
-    return (parameter.data_ptr(), parameter.shape) if parameter.data_ptr() else id(parameter)
-
-
-def _say_what_is_no_layer(model: nn.Module) -> None:
-    """Weights that no layer holds are left alone: an in-projection of ``nn.MultiheadAttention``, for instance."""
-    total = sum(p.numel() for p in model.parameters())
-    found: dict[tuple[str, str], list[nn.Parameter]] = {}
-    for module in model.modules():
-        experts = fused_experts(module)
-        known = has_columns(module) or is_convolution(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        for local, parameter in () if known else module._parameters.items():
-            fused = experts is not None and local in experts.parameters
-            if parameter is not None and parameter.dim() > 1 and not fused:
-                found.setdefault((type(module).__name__, local), []).append(parameter)
-    for (kind, local), parameters in found.items():
-        share = sum(p.numel() for p in parameters) / total
-        if share >= NOTABLE:
-            logger.warning(
-                "%s of %d %s (%.0f%% of all parameters) is left alone: a parameter, not a linear layer.",
-                local, len(parameters), kind, 100 * share,
-            )  # fmt: skip
 
 
 def _figures(

@@ -18,7 +18,7 @@ from bitpress.models.lora import check_no_adapters
 from bitpress.models.taps import tapped
 from bitpress.modifiers import State
 from bitpress.modifiers.activations import make_taps, resolve_attentions
-from bitpress.modifiers.quantization import resolve_all
+from bitpress.modifiers.agreeing import resolve_all
 from bitpress.pipelines import check_enough, distill, dry_run, infer_pipeline, measure, run
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
