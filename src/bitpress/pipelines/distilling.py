@@ -54,7 +54,8 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
     with state.watch.phase("distill"), own_gradients_kept(state.model):
         for parameter in state.model.parameters():
             parameter.requires_grad_(False)
-        on_progress(Progress(0, tuning.epochs, "held-out batches", "distill"))
+        blocks = len(state.blocks)
+        on_progress(Progress(blocks, blocks, "held-out batches", "distill"))
         losses = [_mean_loss(state.model, student, held_out)]
         best = student.values()
         optimizer = torch.optim.Adam(student.factors.values(), lr=tuning.learning_rate, betas=BETAS)
@@ -63,7 +64,7 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
         for epoch in range(tuning.epochs):
             for step, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
                 where = f"epoch {epoch + 1}, batch {step + 1} of {len(training)}"
-                on_progress(Progress(epoch, tuning.epochs, where, "distill"))
+                on_progress(Progress(blocks, blocks, where, "distill"))
                 with torch.enable_grad():
                     _loss(state.model, student, training[index]).backward()
                 optimizer.step()

@@ -21,7 +21,7 @@ class Progress:
         done: blocks that are finished.
         total: blocks in all.
         block: the current block, for people.
-        phase: "measure", "calibrate", "solve" or "propagate".
+        phase: "measure", "calibrate", "solve", "propagate" or "distill".
     """
 
     done: int
