@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bitpress
-from bitpress import BitpressError, oneshot
+from bitpress import oneshot
 from bitpress.modifiers import AWQModifier, GPTQModifier, QuantizationModifier
 from bitpress.modifiers.quantization import PRESETS
 from bitpress.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
@@ -127,11 +127,12 @@ def test_blocks_that_do_not_divide(dtype, source, tmp_path, caplog):
     assert same_logits(bitpress.load(tmp_path / "out"), model)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "NVFP4A16"])
-def test_gptq_does_not_know_floats(preset, source):
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"])
+def test_gptq(preset, source, tmp_path):
     model = model_of(source, torch.bfloat16)
-    with pytest.raises(BitpressError, match=r"q_proj has floats: use QuantizationModifier"):
-        oneshot(model, token_ids(), GPTQModifier(scheme=weights_of(preset), ignore=["lm_head"]))
+    oneshot(model, token_ids(), GPTQModifier(scheme=weights_of(preset), ignore=["lm_head"]), num_calibration_samples=6)
+    model.save_pretrained(tmp_path / "out")
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16), model)
 
 
 @pytest.mark.parametrize("preset", ["FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"])
