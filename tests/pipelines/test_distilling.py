@@ -29,7 +29,7 @@ def divergence(model, original, batches):
 def test_the_model_comes_nearer_to_the_original_and_keeps_its_integers(before, build):
     plain, tuned = build(), build()
     tiny.compress(plain, before, DATA)
-    session = tiny.compress(tuned, [*before, DistillationModifier(epochs=3, learning_rate=1e-2)], DATA)
+    session = tiny.compress(tuned, [*before, DistillationModifier(epochs=3, learning_rate=5e-3)], DATA)
     unseen = tiny.data_of([tiny.tokens(4, seed=100)]).batches
     assert divergence(tuned, build(), unseen) < 0.97 * divergence(plain, build(), unseen)
     others = attached_layers(plain)
@@ -46,7 +46,7 @@ def test_the_model_comes_nearer_to_the_original_and_keeps_its_integers(before, b
 def test_the_loss_is_that_of_the_model_before_and_after_on_the_batches_that_are_held_out():
     plain, tuned = tiny.llama(), tiny.llama()
     tiny.compress(plain, awq(bits=3), DATA)
-    session = tiny.compress(tuned, [*awq(bits=3), DistillationModifier(held_out=0.25, learning_rate=1e-2)], DATA)
+    session = tiny.compress(tuned, [*awq(bits=3), DistillationModifier(held_out=0.25, learning_rate=5e-3)], DATA)
     losses = session.state.distillation["held_out_loss"]
     held_out = DATA.batches[-4:]
     assert losses[0] == pytest.approx(divergence(plain, tiny.llama(), held_out), rel=1e-3)
@@ -95,7 +95,7 @@ def test_experts_are_tuned_too():
 
     plain, tuned = build(), build()
     tiny.compress(plain, rtn(bits=3), DATA)
-    session = tiny.compress(tuned, [*rtn(bits=3), DistillationModifier(epochs=2, learning_rate=1e-2)], DATA)
+    session = tiny.compress(tuned, [*rtn(bits=3), DistillationModifier(epochs=2, learning_rate=5e-3)], DATA)
     losses = session.state.distillation["held_out_loss"]
     assert losses[-1] < losses[0]
     experts = [name for name in attached_layers(tuned) if ".experts." in name]
@@ -107,7 +107,7 @@ def test_experts_are_tuned_too():
 def test_a_plain_module_is_brought_nearer_to_its_own_output():
     x = [torch.randn(16, 32, generator=torch.Generator().manual_seed(i)) for i in range(8)]
     model = tiny.seeded(lambda: tiny.MLP(32, 64, 64, 32))
-    session = tiny.compress(model, [*rtn(bits=3), DistillationModifier(epochs=4, learning_rate=1e-2)], tiny.data_of(x))
+    session = tiny.compress(model, [*rtn(bits=3), DistillationModifier(epochs=4, learning_rate=5e-3)], tiny.data_of(x))
     losses = session.state.distillation["held_out_loss"]
     assert min(losses[1:]) < 0.98 * losses[0]
 
@@ -117,7 +117,7 @@ def test_a_plain_module_is_brought_nearer_to_its_own_output():
 def test_the_checkpoint_says_what_the_model_says(tmp_path, scheme, dtype):
     tiny.llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype).eval()
-    recipe = [QuantizationModifier(scheme=scheme, ignore=["lm_head"]), DistillationModifier(learning_rate=1e-2)]
+    recipe = [QuantizationModifier(scheme=scheme, ignore=["lm_head"]), DistillationModifier(learning_rate=5e-3)]
     tiny.compress(model, recipe, DATA)
     expected = tiny.logits(model)
     save(model, tmp_path / "out")

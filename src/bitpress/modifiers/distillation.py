@@ -23,7 +23,8 @@ class DistillationModifier(Modifier):
 
     Attributes:
         epochs: passes over the calibration batches.
-        learning_rate: of Adam, for the factors' logarithms; it falls linearly to 0.
+        learning_rate: of Adam, for the factors' logarithms on a grid of 4 bits; greater on coarser ones, by as much
+            as their steps are. It falls linearly to 0.
         held_out: the share of the batches that only judge.
         gradient_checkpointing: run each block again on the way back; False keeps the activations and the weights of all
             blocks for one batch instead.

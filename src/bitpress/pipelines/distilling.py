@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from bitpress.quantization.scales import ScaleKind, scale_kind
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.99)
+# Of a grid of 4 bits, for which learning rates are stated.
+STEPS = 2**4 - 1
 
 
 def distill(state: State, data: CalibrationData | None, changes: Changes, on_progress: OnProgress) -> None:
@@ -58,7 +61,7 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
         on_progress(Progress(blocks, blocks, "held-out batches", "distill"))
         losses = [_mean_loss(state.model, student, held_out)]
         best = student.values()
-        optimizer = torch.optim.Adam(student.factors.values(), lr=tuning.learning_rate, betas=BETAS)
+        optimizer = torch.optim.Adam(student.parameter_groups(tuning.learning_rate), betas=BETAS)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, tuning.epochs * len(training))
         generator = torch.Generator().manual_seed(state.seed)
         for epoch in range(tuning.epochs):
@@ -104,6 +107,7 @@ class _Student:
 
     def __init__(self, state: State, changes: Changes) -> None:
         self.factors: dict[str, nn.Parameter] = {}
+        self._bits: dict[str, int] = {}
         self._blocks = state.blocks
         self._recompute = state.tuning is not None and state.tuning.gradient_checkpointing
         self._parts = {block.name: self._substitutes(state, changes, block) for block in state.blocks}
@@ -120,8 +124,15 @@ class _Student:
         if scale_kind(weight.args) != ScaleKind.PLAIN:
             return weight.dequantize
         factor = nn.Parameter(torch.zeros_like(weight.scale, dtype=torch.float32))
-        self.factors[name] = factor
+        self.factors[name], self._bits[name] = factor, weight.args.num_bits
         return lambda: _rescaled(weight, factor)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The factors with their learning rates: what counts is how far a value moves in steps of its own grid."""
+        return [
+            {"params": [factor], "lr": learning_rate * STEPS / (2 ** self._bits[name] - 1)}
+            for name, factor in self.factors.items()
+        ]
 
     def values(self) -> dict[str, Tensor]:
         """A copy of the factors."""
