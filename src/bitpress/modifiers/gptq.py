@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from bitpress.modifiers.quantization import Problem, QuantizationModifier
@@ -34,6 +34,8 @@ class GPTQModifier(QuantizationModifier):
     dampening_frac: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=128, ge=1)
     refine: int | None = Field(default=None, ge=0)
+
+    _warned: bool = PrivateAttr(default=False)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """The Gram matrix of the layers that this modifier quantizes, and a held-out one if it refines."""
@@ -79,7 +81,18 @@ class GPTQModifier(QuantizationModifier):
                 solved[p.name] = each.weight
             if judged:
                 solved |= self._refined(group, found, gram)
+            elif self.refine is not None and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s was not refined: there is no second batch of calibration to judge it by. Further layers of "
+                    "which that is true are not named.", problem.name,
+                )  # fmt: skip
         return [solved[problem.name] for problem in problems]
+
+    def on_finalize(self, state: State) -> None:
+        """Warn again in the next model."""
+        super().on_finalize(state)
+        self._warned = False
 
     def _refined(self, group: Sequence[Problem], found: Sequence[GPTQ], gram: Tensor) -> dict[str, QuantizedWeight]:
         """What GPTQ found, refined as far as that helps on the held-out inputs."""

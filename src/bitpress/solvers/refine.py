@@ -104,7 +104,11 @@ def coordinate_descent(
 
 @torch.no_grad()
 def descend_together(
-    weights: Sequence[Tensor], quantized: Sequence[QuantizedWeight], gram: Tensor, sweeps: int = 1, block_size: int = 128
+    weights: Sequence[Tensor],
+    quantized: Sequence[QuantizedWeight],
+    gram: Tensor,
+    sweeps: int = 1,
+    block_size: int = 128,
 ) -> list[QuantizedWeight]:
     """:func:`coordinate_descent` of layers that share their input and their scheme: all layers' rows at once."""
     args, rows = quantized[0].args, [len(weight) for weight in weights]
@@ -220,9 +224,7 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> Qu
     fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, steps).reshape(quantized.scale.shape)
     scale = nearest_scale(fitted, args, quantized.scale.dtype, quantized.global_scale)
     after = replace(quantized, scale=scale)
-    before_error, after_error = (
-        _sums(row_errors(weight, q, gram), together).unsqueeze(-1) for q in (quantized, after)
-    )
+    before_error, after_error = (_sums(row_errors(weight, q, gram), together).unsqueeze(-1) for q in (quantized, after))
     kept = (after_error < before_error * LESS).reshape(-1, *[1] * (scale.dim() - 1))
     return replace(after, scale=torch.where(kept, scale, quantized.scale))
 
