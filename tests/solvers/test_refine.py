@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from bitpress import AWQModifier, BitpressError, GPTQModifier, load
 from bitpress.quantization import QuantizationArgs, QuantizedWeight, integer_range, preset_name_to_scheme
 from bitpress.solvers import coordinate_descent, gptq, refine_together, refit_scales, round_to_nearest
+from bitpress.solvers.descent import descend_together
 from bitpress.solvers.gptq import dampened
-from bitpress.solvers.refine import RIDGE, descend_together
+from bitpress.solvers.refit import RIDGE
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=20)
 GRIDS = {
@@ -156,7 +157,7 @@ def test_scales_do_not_depend_on_how_many_rows_are_fitted_at_once(grid, chunk, m
     weight, gram = problem(48, 64, 5)
     before = gptq(weight, gram, GRIDS[grid], torch.float32).weight
     whole = refit_scales(weight, before, gram)
-    monkeypatch.setattr("bitpress.solvers.refine.CHUNK", chunk)
+    monkeypatch.setattr("bitpress.solvers.refit.CHUNK", chunk)
     torch.testing.assert_close(refit_scales(weight, before, gram).scale, whole.scale, rtol=1e-4, atol=0)
 
 

@@ -80,7 +80,7 @@ class GPTQModifier(QuantizationModifier):
                 p.figures["dampening"] = each.dampening
                 solved[p.name] = each.weight
             if judged:
-                solved |= self._refined(group, found, gram)
+                solved |= self._refined(group, found, gram, statistics.held_out_gram)
             elif self.refine is not None and not self._warned:
                 self._warned = True
                 logger.warning(
@@ -94,9 +94,10 @@ class GPTQModifier(QuantizationModifier):
         super().on_finalize(state)
         self._warned = False
 
-    def _refined(self, group: Sequence[Problem], found: Sequence[GPTQ], gram: Tensor) -> dict[str, QuantizedWeight]:
+    def _refined(
+        self, group: Sequence[Problem], found: Sequence[GPTQ], gram: Tensor, held_out: Tensor
+    ) -> dict[str, QuantizedWeight]:
         """What GPTQ found, refined as far as that helps on the held-out inputs."""
-        held_out = group[0].statistics.held_out_gram
         weights, quantized = [p.weight for p in group], [each.weight for each in found]
         refined = refine_together(
             weights, quantized, gram, held_out, self.refine or 0, found[0].dampening, self.block_size

@@ -62,7 +62,7 @@ def make_range_collector(state: State, modifiers: Sequence[Modifier], blocks: Se
 
 def is_held_out(index: int, batches: int) -> bool:
     """True for the batches that judge what is fitted to the others: one in eight, at least one, but never all."""
-    return index % HELD_OUT_OF == HELD_OUT_OF - 1 or 1 < batches < HELD_OUT_OF and index == batches - 1
+    return index % HELD_OUT_OF == HELD_OUT_OF - 1 or (1 < batches < HELD_OUT_OF and index == batches - 1)
 
 
 def watched(state: State, block: Block) -> dict[str, nn.Module]:

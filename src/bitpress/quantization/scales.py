@@ -135,7 +135,7 @@ def _e4m3(greatest: Tensor, q_max: float, global_scale: Tensor | None) -> Tensor
     return scale.masked_fill_(scale == 0, LEAST_E4M3)
 
 
-def nearest_scale(steps: Tensor, args: QuantizationArgs, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
+def nearest_scale(steps: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
     """The scale that can be stored whose steps (float32, > 0) are nearest to these: ``dtype``, > 0, of their shape.
 
     Not for scales that are powers of two.
