@@ -26,9 +26,12 @@ class GPTQModifier(QuantizationModifier):
             cannot be factored with that, which is warned of.
         block_size: columns whose errors are passed on at once.
         refine: rounds of refinement after GPTQ: in each, a sweep of coordinate descent over the columns, then scales
-            refitted in closed form; 0 refits the scales only, None does nothing. One in eight batches (the last, where
-            there are fewer) is kept out of what GPTQ and the refinement fit, and of each layer the round with the least
-            error on these is kept, which may be none. See :func:`bitpress.solvers.refine_together`.
+            refitted in closed form; 0 refits the scales only, None (the default) does nothing. See
+            :func:`bitpress.solvers.refine_together`. One in eight batches (the last, where there are fewer) is kept out
+            of what GPTQ and the refinement fit, and each layer keeps the round with the least error on these, which may
+            be none: the report has them as ``refinement``. That takes the memory of a second Gram matrix, and a round
+            the time of about two GPTQs. The batches that judge are of the calibration's kind of text: they do not see
+            what is lost on another.
     """
 
     dampening_frac: float = Field(default=0.01, gt=0)
