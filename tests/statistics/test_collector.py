@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bitpress.errors import BitpressError
+from bitpress.pipelines.solving import is_held_out
 from bitpress.statistics import InputCollector, Statistic
 
 BOTH = Statistic.GRAM | Statistic.MEAN_MAGNITUDE
@@ -159,6 +160,27 @@ class TestSharing:
         )
         assert found["a"] is found["b"]
         assert_collected(found["a"], *x)
+
+
+class TestHeldOut:
+    def test_batches_count_apart_with_padding_and_sharing(self):
+        x, mask = inputs(2, 3), torch.tensor([[True, True, False], [True, False, False]])
+        model = Layers("a", "b")
+        collector = collector_of(model, Statistic.HELD_OUT | BOTH)
+        with collector.watching():
+            for index, held_out in enumerate([False, True, False]):
+                with collector.batch(index, mask, held_out=held_out):
+                    model(x * (index + 1))
+        found = collector.statistics["a"]
+        assert found is collector.statistics["b"]
+        assert_collected(found, x[mask], 2 * x[mask], 3 * x[mask])
+        assert found.held_out_rows == 3
+        torch.testing.assert_close(found.held_out_gram, 4 * x[mask].T @ x[mask])
+
+    @pytest.mark.parametrize("batches", range(1, 40))
+    def test_about_one_batch_in_eight_judges_and_never_all(self, batches):
+        held_out = sum(is_held_out(index, batches) for index in range(batches))
+        assert held_out == (max(1, batches // 8) if batches > 1 else 0)
 
 
 class TestPadding:

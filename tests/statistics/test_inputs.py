@@ -189,6 +189,42 @@ def test_inputs_that_need_gradients_leave_no_graph():
     assert not statistics.mean_magnitude.requires_grad
 
 
+def held_out_of(x, every, read=False):
+    """Statistics of single rows, every so many held out."""
+    statistics = InputStatistics(x.shape[1], Statistic.HELD_OUT)
+    for i, row in enumerate(x.split(1)):
+        statistics.update(row, held_out=i % every == 0)
+        if read:
+            _ = statistics.gram, statistics.held_out_gram
+    return statistics
+
+
+@PROPERTY
+@given(st.integers(1, 20), st.integers(1, 250), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_held_out_rows_count_in_both_gram_matrices_whatever_becomes_of_them(rows, features, every, read, seed):
+    x = inputs_of(rows, features, seed)
+    statistics = held_out_of(x, every, read)
+    assert statistics.wanted == Statistic.GRAM | Statistic.HELD_OUT
+    more = inputs_of(3, features, seed + 1)
+    copy = statistics.clone()
+    copy.merge(held_out_of(more, 2))
+    both, held = torch.cat([x, more]), torch.cat([x[::every], more[::2]])
+    scales = torch.rand(features, generator=torch.Generator().manual_seed(1)) * 3 + 0.1
+    copy.rescale(scales)
+    assert_gram_of(copy.gram, (both.double() / scales.double()).float())
+    assert_gram_of(copy.held_out_gram, (held.double() / scales.double()).float())
+    assert (copy.rows, copy.held_out_rows) == (len(both), len(held))
+    assert_gram_of(statistics.held_out_gram, x[::every])
+
+
+def test_without_being_asked_for_nothing_is_held_out():
+    statistics = InputStatistics(5, Statistic.GRAM)
+    statistics.update(inputs_of(4, 5), held_out=True)
+    assert statistics.held_out_rows == 0
+    with pytest.raises(BitpressError, match="HELD_OUT"):
+        _ = statistics.held_out_gram
+
+
 @pytest.mark.parametrize("other", [InputStatistics(4, ALL), InputStatistics(5, Statistic.GRAM)])
 def test_statistics_of_different_inputs_do_not_merge(other):
     with pytest.raises(BitpressError, match="do not merge"):

@@ -13,6 +13,7 @@ from bitpress.pipelines.solving import (
     OnProgress,
     Progress,
     finish,
+    is_held_out,
     make_collector,
     make_range_collector,
     solve,
@@ -48,5 +49,5 @@ def _calibrate(state: State, collector: InputCollector, data: CalibrationData, o
     with collector.watching(), state.watch.phase("calibrate"):
         for index, batch in enumerate(data.batches):
             on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
-            with collector.batch(index, batch.mask()):
+            with collector.batch(index, batch.mask(), held_out=is_held_out(index, len(data.batches))):
                 state.model(*batch.args, **batch.kwargs)

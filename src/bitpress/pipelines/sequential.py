@@ -24,6 +24,7 @@ from bitpress.pipelines.solving import (
     OnProgress,
     Progress,
     finish,
+    is_held_out,
     make_collector,
     make_range_collector,
     solve,
@@ -122,7 +123,9 @@ class _Schedule:
                 # The block runs again on what it was given, unless this is what the forward gets.
                 call = forward.waiting_for if go_on else forward.waiting_for.copy()
                 output = None
-                with collector.batch(index, self.masks[index], output_needed=go_on or offloads):
+                held_out = is_held_out(index, len(self.forwards))
+                needed = go_on or offloads
+                with collector.batch(index, self.masks[index], output_needed=needed, held_out=held_out):
                     if is_layer:
                         collector.observe(block.name, call.args, call.kwargs)
                     output = self.points.run(block, call)

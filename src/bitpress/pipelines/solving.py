@@ -12,6 +12,8 @@ from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.experts import share_among_experts
 from bitpress.statistics import InputCollector, InputStatistics, Statistic
 
+HELD_OUT_OF = 8
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -56,6 +58,11 @@ def make_range_collector(state: State, modifiers: Sequence[Modifier], blocks: Se
     asked = {n: [m.required_statistics(state, n) & Statistic.RANGE for m in modifiers] for n in layers}
     wanted = {name: Statistic.RANGE if any(each) else Statistic.NONE for name, each in asked.items()}
     return InputCollector(layers, {name: _columns(layer) for name, layer in layers.items()}, wanted)
+
+
+def is_held_out(index: int, batches: int) -> bool:
+    """True for the batches that judge what is fitted to the others: one in eight, at least one, but never all."""
+    return index % HELD_OUT_OF == HELD_OUT_OF - 1 or (1 < batches < HELD_OUT_OF and index == batches - 1)
 
 
 def watched(state: State, block: Block) -> dict[str, nn.Module]:

@@ -135,6 +135,18 @@ def _e4m3(greatest: Tensor, q_max: float, global_scale: Tensor | None) -> Tensor
     return scale.masked_fill_(scale == 0, LEAST_E4M3)
 
 
+def nearest_scale(steps: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
+    """The scale that can be stored whose steps (float32, > 0) are nearest to these: ``dtype``, > 0, of their shape.
+
+    Not for scales that are powers of two.
+    """
+    if global_scale is not None:
+        scale = (steps * global_scale).clamp_(max=E4M3_MAX).to(E4M3).float()
+        return scale.masked_fill_(scale == 0, LEAST_E4M3).to(dtype)
+    of_dtype = torch.finfo(dtype)
+    return steps.clamp(of_dtype.tiny, of_dtype.max).to(dtype)
+
+
 def stored_scale(scale: Tensor, args: QuantizationArgs) -> Tensor:
     """The tensor that a checkpoint holds of a scale: nothing is lost, its values are those that can be stored."""
     match scale_kind(args):

@@ -2,9 +2,12 @@
 
 from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
+from bitpress.solvers.descent import coordinate_descent
 from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
+from bitpress.solvers.refine import Refined, refine_together
+from bitpress.solvers.refit import refit_scales
 from bitpress.solvers.sensitivity import squared_slope
 from bitpress.solvers.smoothquant import SmoothQuant, search_strength, smoothing_scales
 
@@ -12,13 +15,17 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "BalanceWeight",
+    "Refined",
     "SmoothQuant",
     "allocate",
     "check_finite",
+    "coordinate_descent",
     "gptq",
     "gptq_together",
     "minmax_parameters",
     "output_error",
+    "refine_together",
+    "refit_scales",
     "round_to_nearest",
     "search_parameters",
     "search_scales",

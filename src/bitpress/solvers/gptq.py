@@ -97,9 +97,9 @@ def gptq_together(
     solver = _Columns(
         torch.cat([weight.T[columns].float() for weight in weights], 1),
         factor,
-        torch.cat([_steps(s, whole, n, args) for (s, _), whole, n in zip(found, wholes, rows, strict=True)], 1),
-        torch.cat([_by_group(z, n, args) for (_, z), n in zip(found, rows, strict=True)], 1),
-        _group_of(columns, args),
+        torch.cat([steps_by_row(s, whole, n, args) for (s, _), whole, n in zip(found, wholes, rows, strict=True)], 1),
+        torch.cat([by_row(z, n, args) for (_, z), n in zip(found, rows, strict=True)], 1),
+        group_of(columns, args),
         args,
     )
     for start in range(0, len(H), block_size):
@@ -114,11 +114,12 @@ def gptq_together(
     ]
 
 
-def _steps(scale: Tensor, global_scale: Tensor | None, rows: int, args: QuantizationArgs) -> Tensor:
-    return _by_group(step_sizes(scale, global_scale), rows, args)
+def steps_by_row(scale: Tensor, global_scale: Tensor | None, rows: int, args: QuantizationArgs) -> Tensor:
+    """Step sizes of every row: (groups, rows), float32."""
+    return by_row(step_sizes(scale, global_scale), rows, args)
 
 
-def _by_group(parameters: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
+def by_row(parameters: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
     """Parameters of every row: (groups, rows), float32."""
     block = block_shape(args)
     if block is not None:
@@ -126,7 +127,7 @@ def _by_group(parameters: Tensor, rows: int, args: QuantizationArgs) -> Tensor:
     return parameters.float().reshape(-1, parameters.shape[-1]).expand(rows, -1).T.contiguous()
 
 
-def _group_of(columns: Tensor, args: QuantizationArgs) -> list[int]:
+def group_of(columns: Tensor, args: QuantizationArgs) -> list[int]:
     """The group in which each column stands."""
     block = block_shape(args)
     if block is None and args.strategy not in GROUPED:
@@ -184,10 +185,8 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
         gram: (in, in), float32, symmetric. A zero on its diagonal, an input that is never active, counts as 1.
         dampening: d as a share of the mean of the diagonal.
     """
-    H = gram.clone()
+    H = _with_all_active(gram)
     diagonal = H.diagonal()
-    mean = float(diagonal.mean())
-    diagonal[diagonal <= 0] = 1.0 if mean <= 0 else mean
     mean = float(diagonal.mean())
     added = 0.0
     used = max(dampening, torch.finfo(H.dtype).eps)
@@ -204,6 +203,22 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
         if not math.isfinite(added):
             return torch.eye(len(H), dtype=H.dtype, device=H.device), used
         used *= GROWTH
+
+
+def dampened(gram: Tensor, dampening: float) -> Tensor:
+    """``H + dI``, the matrix whose error GPTQ lowers: see :func:`inverse_factor`."""
+    H = _with_all_active(gram.float())
+    diagonal = H.diagonal()
+    diagonal += dampening * diagonal.mean()
+    return H
+
+
+def _with_all_active(gram: Tensor) -> Tensor:
+    H = gram.clone()
+    diagonal = H.diagonal()
+    mean = float(diagonal.mean())
+    diagonal[diagonal <= 0] = 1.0 if mean <= 0 else mean
+    return H
 
 
 def _by_activation(args: QuantizationArgs) -> bool:

@@ -35,6 +35,7 @@ class InputCollector:
         self._batch: int | str = 0
         self._mask: Tensor | None = None
         self._output_needed = True
+        self._held_out = False
         self._ran: Counter[str] = Counter()
         self._once_each = False
 
@@ -62,7 +63,9 @@ class InputCollector:
             self._seen.clear()
 
     @contextmanager
-    def batch(self, index: int | str, mask: Tensor | None = None, *, output_needed: bool = True) -> Iterator[None]:
+    def batch(
+        self, index: int | str, mask: Tensor | None = None, *, output_needed: bool = True, held_out: bool = False
+    ) -> Iterator[None]:
         """One run of the block.
 
         Args:
@@ -70,8 +73,9 @@ class InputCollector:
             mask: (rows, positions), bool: which positions are not padding.
             output_needed: False if only the inputs of the layers matter. After a first run in which each layer ran
                 once, a run then ends inside the ``with`` when all have been seen: the last layer is not computed.
+            held_out: True for one of the batches that :attr:`InputStatistics.held_out_gram` is of.
         """
-        self._batch, self._mask, self._output_needed = index, mask, output_needed
+        self._batch, self._mask, self._output_needed, self._held_out = index, mask, output_needed, held_out
         self._seen.clear()
         self._ran.clear()
         try:
@@ -112,7 +116,7 @@ class InputCollector:
             logger.warning("%s no longer shares its input with the layers it shared it with before.", name)
             statistics = statistics.clone()
         self._statistics[name] = statistics
-        statistics.update(_without_padding(x, self._mask, rows))
+        statistics.update(_without_padding(x, self._mask, rows), held_out=self._held_out)
         if not statistics.is_finite():
             raise BitpressError(
                 f"the input of {name} holds NaN or infinite values in calibration batch {self._batch}. The model is "

@@ -17,13 +17,17 @@ PANEL = 192
 
 
 class Statistic(enum.Flag):
-    """What a modifier can ask the calibration to remember of a layer's input."""
+    """What a modifier can ask the calibration to remember of a layer's input.
+
+    HELD_OUT brings GRAM with it: a second Gram matrix, of some of the batches that the first is of.
+    """
 
     NONE = 0
     GRAM = enum.auto()
     MEAN_MAGNITUDE = enum.auto()
     MAX_MAGNITUDE = enum.auto()
     RANGE = enum.auto()
+    HELD_OUT = enum.auto()
 
 
 class InputStatistics:
@@ -33,29 +37,35 @@ class InputStatistics:
         features: columns of the input.
         wanted: which statistics are kept.
         rows: how many input rows (tokens) were seen.
+        held_out_rows: how many of these :attr:`held_out_gram` is of.
     """
 
     def __init__(self, features: int, wanted: Statistic, device: torch.device | str = "cpu") -> None:
         self.features = features
-        self.wanted = wanted
-        self.rows = 0
-        self._lower = _zeros(wanted & Statistic.GRAM, (features, features), device)
+        self.wanted = wanted | Statistic.GRAM if Statistic.HELD_OUT in wanted else wanted
+        self.rows = self.held_out_rows = 0
+        self._lower = _zeros(self.wanted & Statistic.GRAM, (features, features), device)
+        self._held_out = _zeros(wanted & Statistic.HELD_OUT, (features, features), device)
         self._sum = _zeros(wanted & Statistic.MEAN_MAGNITUDE, (features,), device)
         self._max = _zeros(wanted & Statistic.MAX_MAGNITUDE, (features,), device)
         self._low = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._high = _zeros(wanted & Statistic.RANGE, (features,), device)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take in the rows of ``x`` (..., in), any float dtype; sums are kept in float32."""
+    def update(self, x: Tensor, *, held_out: bool = False) -> None:
+        """Take in the rows of ``x`` (..., in), any float dtype; sums are kept in float32.
+
+        ``held_out`` rows count in all statistics, and in :attr:`held_out_gram` where that is wanted.
+        """
         x = x.reshape(-1, self.features).float()
         self.rows += x.shape[0]
         if not x.shape[0]:
             return
         if self._lower is not None:
-            for start in range(0, self.features, PANEL):
-                stop = min(start + PANEL, self.features)
-                self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+            _add_gram(self._lower, x)
+        if self._held_out is not None and held_out:
+            self.held_out_rows += x.shape[0]
+            _add_gram(self._held_out, x)
         if self._low is not None and self._high is not None:
             low, high = torch.aminmax(x, dim=0)
             torch.minimum(self._low, low, out=self._low)
@@ -79,12 +89,12 @@ class InputStatistics:
     @property
     def gram(self) -> Tensor:
         """``H = X^T X``, (in, in), float32, in squared units of the activation, summed over rows."""
-        lower = self._needed(self._lower, Statistic.GRAM)
-        # Only panels on and below the diagonal are summed; mirroring is cheap, and idempotent.
-        for start in range(0, self.features, PANEL):
-            stop = min(start + PANEL, self.features)
-            lower[start:stop, stop:] = lower[stop:, start:stop].T
-        return lower
+        return _mirrored(self._needed(self._lower, Statistic.GRAM))
+
+    @property
+    def held_out_gram(self) -> Tensor:
+        """The share of the held-out rows in :attr:`gram`: what is fitted without them has ``gram - held_out_gram``."""
+        return _mirrored(self._needed(self._held_out, Statistic.HELD_OUT))
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -104,8 +114,9 @@ class InputStatistics:
     def rescale(self, scales: Tensor) -> None:
         """Follow X to X / scales: ``H`` becomes ``D^-1 H D^-1``. ``scales`` is (in,), > 0."""
         inverse = scales.float().reciprocal()
-        if self._lower is not None:
-            self._lower.mul_(inverse).mul_(inverse.unsqueeze(1))
+        for gram in (self._lower, self._held_out):
+            if gram is not None:
+                gram.mul_(inverse).mul_(inverse.unsqueeze(1))
         for kept in (self._sum, self._max, self._low, self._high):
             if kept is not None:
                 kept.mul_(inverse)
@@ -123,8 +134,11 @@ class InputStatistics:
                 f"those of {other.features} ({other.wanted})."
             )
         self.rows += other.rows
+        self.held_out_rows += other.held_out_rows
         if self._lower is not None and other._lower is not None:
             self._lower += other._lower
+        if self._held_out is not None and other._held_out is not None:
+            self._held_out += other._held_out
         if self._sum is not None and other._sum is not None:
             self._sum += other._sum
         if self._max is not None and other._max is not None:
@@ -155,6 +169,21 @@ def pooled(parts: Sequence[InputStatistics]) -> InputStatistics:
     for part in parts[1:]:
         whole.merge(part)
     return whole
+
+
+def _add_gram(lower: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to panels on and below the diagonal."""
+    for start in range(0, len(lower), PANEL):
+        stop = min(start + PANEL, len(lower))
+        lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """The panels above the diagonal from those below, in place: cheap, and idempotent."""
+    for start in range(0, len(lower), PANEL):
+        stop = min(start + PANEL, len(lower))
+        lower[start:stop, stop:] = lower[stop:, start:stop].T
+    return lower
 
 
 def _zeros(wanted: Statistic, shape: tuple[int, ...], device: torch.device | str) -> Tensor | None:
