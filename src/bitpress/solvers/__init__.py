@@ -2,6 +2,7 @@
 
 from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
+from bitpress.solvers.correction import corrected_weight
 from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
@@ -15,6 +16,7 @@ __all__ = [
     "SmoothQuant",
     "allocate",
     "check_finite",
+    "corrected_weight",
     "gptq",
     "gptq_together",
     "minmax_parameters",
