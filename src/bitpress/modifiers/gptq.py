@@ -3,12 +3,16 @@
 import logging
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 
+from bitpress.models.blocks import Block
+from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.quantization import Problem, QuantizationModifier
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizedWeight
-from bitpress.solvers import gptq_together
+from bitpress.solvers import corrected_weight, gptq_together, output_error, search_parameters
 from bitpress.statistics import Statistic
 
 logger = logging.getLogger(__name__)
@@ -24,15 +28,57 @@ class GPTQModifier(QuantizationModifier):
         dampening_frac: share of the mean of the Gram matrix's diagonal that is added to it. It grows where the matrix
             cannot be factored with that, which is warned of.
         block_size: columns whose errors are passed on at once.
+        error_correction: how far each weight goes, before it is rounded, towards the one that makes up for what the
+            compressed layers before its block have done to its inputs; see :func:`bitpress.solvers.corrected_weight`.
+            0 leaves it where it is, and costs nothing; else a second forward of the original model goes beside the
+            compressed one's. Only the sequential pipeline has inputs that differ. The report's errors are then those of
+            rounding the corrected weight, and ``correction`` is the share of the output's energy by which it moved.
     """
 
     dampening_frac: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=128, ge=1)
+    error_correction: float = Field(default=0.0, ge=0, le=1)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
-        """The Gram matrix of the layers that this modifier quantizes."""
+        """The Gram matrix of the layers that this modifier quantizes; with ``error_correction`` their drift too."""
         mine = state.owners.get(name) is self and name in state.schemes
-        return super().required_statistics(state, name) | (Statistic.GRAM if mine else Statistic.NONE)
+        own = Statistic.GRAM | Statistic.DRIFT if self.error_correction else Statistic.GRAM
+        return super().required_statistics(state, name) | (own if mine else Statistic.NONE)
+
+    def on_block(self, state: State, block: Block) -> None:
+        """Correct the block's weights if that is asked for, and quantize them."""
+        if self.error_correction:
+            self._correct(state, block)
+        super().on_block(state, block)
+
+    def _correct(self, state: State, block: Block) -> None:
+        """Write the corrected weights; ranges that an earlier modifier has searched are searched again for them."""
+        sharing: dict[int, list[str]] = {}
+        for name in block.layers:
+            statistics = state.statistics.get(name)
+            if state.owners.get(name) is self and statistics is not None and statistics.drift.any():
+                sharing.setdefault(id(statistics), []).append(name)
+        for names in sharing.values():
+            matrices = [weight_matrix(block.layers[name]) for name in names]
+            statistics = state.statistics[names[0]]
+            whole = torch.cat(matrices)
+            found = corrected_weight(
+                whole, statistics.gram, statistics.drift, dampening=self.dampening_frac, strength=self.error_correction
+            )
+            for name, matrix, new in zip(names, matrices, found.split([len(m) for m in matrices]), strict=True):
+                before = matrix.float()
+                moved = output_error(new - before, statistics.gram) / max(output_error(before, statistics.gram), 1e-30)
+                state.layer_records.setdefault(name, {})["correction"] = moved
+                matrix.copy_(new)
+        corrected = [name for names in sharing.values() for name in names]
+        if state.global_scales and corrected:
+            state.global_scales = {}
+            choose_global_scales(state, block)
+        for name in corrected:
+            if name in state.ranges:
+                matrix, gram = weight_matrix(block.layers[name]), state.statistics[name].gram
+                args, whole_scale = state.schemes[name].weights, state.global_scales.get(name)
+                state.ranges[name] = search_parameters(matrix, args, gram, matrix.dtype, whole_scale)
 
     def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
         """See :meth:`QuantizationModifier.solve_all`; a layer that did not run is rounded to nearest.
