@@ -123,6 +123,13 @@ def test_off_is_one_forward_and_the_second_does_not_disturb_the_first():
     tiny.assert_unchanged(asked, tiny.snapshot(plain))
 
 
+def test_what_is_behind_the_last_block_does_not_run_for_the_original():
+    model, runs = tiny.llama(), []
+    model.lm_head.register_forward_hook(lambda *_: runs.append(1))
+    tiny.compress(model, [watching()], tiny.token_data())
+    assert len(runs) <= 1  # the dry run
+
+
 def output_error(model, calibration):
     original = tiny.llama()
     pairs = [(tiny.logits(model, b.kwargs), tiny.logits(original, b.kwargs)) for b in calibration.batches]

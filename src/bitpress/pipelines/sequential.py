@@ -86,6 +86,7 @@ class _Schedule:
         self.on_progress = on_progress
         self.unpaired: set[str] = set()
         self.lost = 0
+        self.ends = False
         self.changes = Changes()
         self.done = 0
 
@@ -103,10 +104,11 @@ class _Schedule:
             self._detours(left)
             left[name] -= 1
             block, collector = blocks[name], collectors[name]
+            self.ends = position == len(order) - 1
             if left[name]:
                 self._calibrate(block, collector, go_on=True)
             else:
-                self._finish(block, collectors.pop(name), last=position == len(order) - 1)
+                self._finish(block, collectors.pop(name), last=self.ends)
         for block in self.state.blocks:
             if block.name not in left:
                 self._solve(block, make_collector(self.state, self.modifiers, {}))
@@ -174,7 +176,11 @@ class _Schedule:
             if is_layer:
                 collector.observe(block.name, call.args, call.kwargs)
             output = self.points.run(block, call)
-        original.resume(output)
+        if self.ends:
+            # What is behind the last block, a head over all words, would be computed for nothing.
+            original.stop()
+        else:
+            original.resume(output)
 
     def _propagate_originals(self, block: Block) -> None:
         with self.state.watch.phase("propagate"):
