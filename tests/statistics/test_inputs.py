@@ -125,7 +125,7 @@ def test_a_clone_shares_nothing():
     assert_statistics_of(copy, x)
 
 
-@pytest.mark.parametrize("wanted", [s for s in Statistic if s] + [ALL])
+@pytest.mark.parametrize("wanted", [s for s in Statistic if s and s != Statistic.DRIFT] + [ALL])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("column", [0, PANEL - 1, PANEL, 299])
 def test_a_value_that_is_not_finite_is_noticed_in_any_column(wanted, bad, column):
@@ -229,3 +229,59 @@ def test_without_being_asked_for_nothing_is_held_out():
 def test_statistics_of_different_inputs_do_not_merge(other):
     with pytest.raises(BitpressError, match="do not merge"):
         InputStatistics(5, ALL).merge(other)
+
+
+class TestDrift:
+    WANTED = Statistic.GRAM | Statistic.DRIFT
+
+    def pairs(self, features=PANEL + 5, rows=60, seed=0):
+        x = inputs_of(rows, features, seed)
+        return x, x + 0.1 * inputs_of(rows, features, seed + 1)
+
+    def collect(self, *pairs):
+        statistics = InputStatistics(pairs[0][0].shape[-1], self.WANTED)
+        for x, original in pairs:
+            statistics.update(x)
+            statistics.compare(x, original)
+        return statistics
+
+    def assert_drift_of(self, statistics, x, original):
+        x, original = x.double(), original.double()
+        bound = ((original - x).abs().T @ x.abs()) * 1e-4 + original.abs().max() * x.abs().max() * 1e-5
+        assert bool(((statistics.drift.double() - (original - x).T @ x).abs() <= bound).all())
+
+    def test_is_the_product_of_the_difference_and_the_input(self):
+        x, original = self.pairs()
+        statistics = self.collect(*zip(x.split(7), original.split(7), strict=True))
+        self.assert_drift_of(statistics, x, original)
+        assert_gram_of(statistics.gram, x)
+
+    def test_follows_a_smoothing_of_both_models(self):
+        x, original = self.pairs()
+        scales = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(1)) * 3 + 0.1
+        statistics = self.collect((x, original))
+        statistics.rescale(scales)
+        self.assert_drift_of(statistics, x / scales, original / scales)
+
+    def test_merges_and_is_cloned(self):
+        x, original = self.pairs()
+        one, other = self.collect((x[:20], original[:20])), self.collect((x[20:], original[20:]))
+        one.merge(other)
+        self.assert_drift_of(one, x, original)
+        clone = one.clone()
+        clone.compare(x, original)
+        self.assert_drift_of(one, x, original)
+
+    def test_of_the_same_rows_is_nothing(self):
+        x, _ = self.pairs()
+        assert not self.collect((x, x.clone())).drift.any()
+
+    @pytest.mark.parametrize("column", [0, PANEL + 4])
+    def test_an_original_that_is_not_finite_is_noticed(self, column):
+        x, original = self.pairs()
+        original[3, column] = float("inf")
+        assert not self.collect((x, original)).is_finite()
+
+    def test_is_asked_for_by_name(self):
+        with pytest.raises(BitpressError, match="DRIFT"):
+            _ = collect(inputs_of(4, 5)).drift

@@ -3,13 +3,24 @@
 import logging
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
+from bitpress.models.blocks import Block
+from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.quantization import Problem, QuantizationModifier
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizedWeight
-from bitpress.solvers import GPTQ, gptq_together, output_error, refine_together
+from bitpress.solvers import (
+    GPTQ,
+    corrected_weight,
+    gptq_together,
+    output_error,
+    refine_together,
+    search_parameters,
+)
 from bitpress.statistics import Statistic
 
 logger = logging.getLogger(__name__)
@@ -34,19 +45,64 @@ class GPTQModifier(QuantizationModifier):
             be none: the report has them as ``refinement``. That takes the memory of a second Gram matrix, and a round
             the time of about two GPTQs. The batches that judge are of the calibration's kind of text, and do not see
             what sweeps lose on another; a refit alone helped on both.
+        error_correction: how far each weight goes, before it is rounded, towards the one that makes up for what the
+            compressed layers before its block have done to its inputs; see :func:`bitpress.solvers.corrected_weight`.
+            0 leaves it where it is, and costs nothing; else a second forward of the original model goes beside the
+            compressed one's. Only the sequential pipeline has inputs that differ. The report's errors are then those of
+            rounding the corrected weight, and ``correction`` is the share of the output's energy by which it moved.
     """
 
     dampening_frac: float = Field(default=0.1, gt=0)
     block_size: int = Field(default=128, ge=1)
     refine: int | None = Field(default=None, ge=0)
+    error_correction: float = Field(default=0.0, ge=0, le=1)
 
     _warned: bool = PrivateAttr(default=False)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
-        """The Gram matrix of the layers that this modifier quantizes, and a held-out one if it refines."""
+        """The Gram matrix of the layers that this modifier quantizes; a held-out one if it refines; their drift."""
         mine = state.owners.get(name) is self and name in state.schemes
-        wanted = Statistic.GRAM if self.refine is None else Statistic.GRAM | Statistic.HELD_OUT
-        return super().required_statistics(state, name) | (wanted if mine else Statistic.NONE)
+        own = Statistic.GRAM
+        if self.refine is not None:
+            own |= Statistic.HELD_OUT
+        if self.error_correction:
+            own |= Statistic.DRIFT
+        return super().required_statistics(state, name) | (own if mine else Statistic.NONE)
+
+    def on_block(self, state: State, block: Block) -> None:
+        """Correct the block's weights if that is asked for, and quantize them."""
+        if self.error_correction:
+            self._correct(state, block)
+        super().on_block(state, block)
+
+    def _correct(self, state: State, block: Block) -> None:
+        """Write the corrected weights; ranges that an earlier modifier has searched are searched again for them."""
+        sharing: dict[int, list[str]] = {}
+        for name in block.layers:
+            statistics = state.statistics.get(name)
+            if state.owners.get(name) is self and statistics is not None and statistics.drift.any():
+                sharing.setdefault(id(statistics), []).append(name)
+        for names in sharing.values():
+            matrices = [weight_matrix(block.layers[name]) for name in names]
+            statistics = state.statistics[names[0]]
+            whole = torch.cat(matrices)
+            found = corrected_weight(
+                whole, statistics.gram, statistics.drift, dampening=self.dampening_frac, strength=self.error_correction
+            )
+            for name, matrix, new in zip(names, matrices, found.split([len(m) for m in matrices]), strict=True):
+                before = matrix.float()
+                moved = output_error(new - before, statistics.gram) / max(output_error(before, statistics.gram), 1e-30)
+                state.layer_records.setdefault(name, {})["correction"] = moved
+                matrix.copy_(new)
+        corrected = [name for names in sharing.values() for name in names]
+        if state.global_scales and corrected:
+            state.global_scales = {}
+            choose_global_scales(state, block)
+        for name in corrected:
+            if name in state.ranges:
+                matrix, gram = weight_matrix(block.layers[name]), state.statistics[name].gram
+                args, whole_scale = state.schemes[name].weights, state.global_scales.get(name)
+                state.ranges[name] = search_parameters(matrix, args, gram, matrix.dtype, whole_scale)
 
     def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
         """See :meth:`QuantizationModifier.solve_all`; a layer that did not run is rounded to nearest.

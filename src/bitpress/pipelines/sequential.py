@@ -6,16 +6,21 @@ block sees what the compressed model will feed it.
 
 Activations that a scheme quantizes are not quantized meanwhile, as in the peers: weights are solved for the activations
 themselves, and a static range is measured where the block runs with its new weights, before its scale is known.
+
+Where a modifier asks how far the inputs have drifted, a second forward of each batch goes beside the first, through the
+blocks with their original weights. At block k it runs before the other, and goes on.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bitpress.checkpoints.changes import Changes
-from bitpress.models.blocks import Block
+from bitpress.models.blocks import Block, Call
 from bitpress.models.taps import OUTPUT
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.data import CalibrationData
@@ -30,7 +35,9 @@ from bitpress.pipelines.solving import (
     solve,
     watched,
 )
-from bitpress.statistics import InputCollector
+from bitpress.statistics import InputCollector, Statistic
+
+logger = logging.getLogger(__name__)
 
 
 def run_sequential(
@@ -44,13 +51,22 @@ def run_sequential(
     points = PausePoints(state.blocks)
     with points.installed():
         forwards = [PausedForward(state.model, batch.args, batch.kwargs) for batch in data.batches]
-        schedule = _Schedule(state, modifiers, points, forwards, [b.mask() for b in data.batches], on_progress)
+        # The first may write to what it is given.
+        own = [Call(batch.args, batch.kwargs).copy() for batch in data.batches if _compares(state, modifiers)]
+        originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in enumerate(own)}
+        masks = [b.mask() for b in data.batches]
+        schedule = _Schedule(state, modifiers, points, forwards, originals, masks, on_progress)
         try:
             schedule.run(order)
         finally:
-            for forward in forwards:
+            for forward in (*forwards, *originals.values()):
                 forward.stop()
+    schedule.say_what_was_not_compared()
     return schedule.changes
+
+
+def _compares(state: State, modifiers: Sequence[Modifier]) -> bool:
+    return any(Statistic.DRIFT in m.required_statistics(state, name) for m in modifiers for name in state.schemes)
 
 
 class _Schedule:
@@ -62,12 +78,16 @@ class _Schedule:
         modifiers: Sequence[Modifier],
         points: PausePoints,
         forwards: Sequence[PausedForward],
+        originals: dict[int, PausedForward],
         masks: Sequence[Tensor | None],
         on_progress: OnProgress,
     ) -> None:
         self.state, self.modifiers, self.points = state, modifiers, points
-        self.forwards, self.masks = forwards, masks
+        self.forwards, self.originals, self.masks = forwards, originals, masks
         self.on_progress = on_progress
+        self.unpaired: set[str] = set()
+        self.lost = 0
+        self.ends = False
         self.changes = Changes()
         self.done = 0
 
@@ -79,16 +99,17 @@ class _Schedule:
             for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):
-            for forward in self.forwards:
+            for forward in (*self.forwards, *self.originals.values()):
                 forward.resume()
         for position, name in enumerate(order):
             self._detours(left)
             left[name] -= 1
             block, collector = blocks[name], collectors[name]
+            self.ends = position == len(order) - 1
             if left[name]:
                 self._calibrate(block, collector, go_on=True)
             else:
-                self._finish(block, collectors.pop(name), last=position == len(order) - 1)
+                self._finish(block, collectors.pop(name), last=self.ends)
         for block in self.state.blocks:
             if block.name not in left:
                 self._solve(block, make_collector(self.state, self.modifiers, {}))
@@ -101,6 +122,7 @@ class _Schedule:
         while waiting := {f.at.name: f.at for f in self.forwards if f.at is not None and not left[f.at.name]}:
             for name, block in waiting.items():
                 if name in left:
+                    self._propagate_originals(block)
                     self._propagate(block)
                 else:
                     left[name] = 0
@@ -110,8 +132,11 @@ class _Schedule:
         """Batches whose forward waits for this block; one that takes another way through the model waits elsewhere."""
         return [i for i, forward in enumerate(self.forwards) if forward.at is block]
 
-    def _calibrate(self, block: Block, collector: InputCollector, *, go_on: bool) -> None:
-        """Run the block with its old weights; ``go_on`` if these outputs are what the forwards get."""
+    def _calibrate(self, block: Block, collector: InputCollector, *, go_on: bool, solved: bool = False) -> None:
+        """Run the block; ``go_on`` if these outputs are what the forwards get.
+
+        Unless it is ``solved``, its weights are the original ones: then the original forwards go on.
+        """
         self._say(block, "calibrate")
         # A block that is a layer itself has run its hooks by now: the model called it, and it paused in its forward.
         is_layer = block.name in block.layers
@@ -125,6 +150,8 @@ class _Schedule:
                 output = None
                 held_out = is_held_out(index, len(self.forwards))
                 needed = go_on or offloads
+                if not solved:
+                    self._run_original(block, index, collector, is_layer=is_layer)
                 with collector.batch(index, self.masks[index], output_needed=needed, held_out=held_out):
                     if is_layer:
                         collector.observe(block.name, call.args, call.kwargs)
@@ -134,11 +161,41 @@ class _Schedule:
                 if go_on:
                     forward.resume(output)
                 del output
+        self.unpaired |= collector.unpaired
+
+    def _run_original(self, block: Block, index: int, collector: InputCollector, *, is_layer: bool) -> None:
+        """Run the block on what the original model gives it, if that goes the same way, and let this go on."""
+        original = self.originals.get(index)
+        if original is None:
+            return
+        if original.at is not block:
+            self.originals.pop(index).stop()
+            self.lost += 1
+            return
+        call = original.waiting_for
+        first = next((x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.dim() > 1), None)
+        tokens = None if first is None else first.shape[:-1].numel()
+        with collector.original(self.masks[index], tokens=tokens):
+            if is_layer:
+                collector.observe(block.name, call.args, call.kwargs)
+            output = self.points.run(block, call)
+        if self.ends:
+            # What is behind the last block, a head over all words, would be computed for nothing.
+            original.stop()
+        else:
+            original.resume(output)
+
+    def _propagate_originals(self, block: Block) -> None:
+        with self.state.watch.phase("propagate"):
+            for index in self._at(block):
+                self._run_original(block, index, make_collector(self.state, [], {}), is_layer=False)
 
     def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
         """The block's last call: solve it, and go on with its new weights."""
         if collector.wants_any:
             self._calibrate(block, collector, go_on=False)
+        else:
+            self._propagate_originals(block)
         self._solve(block, collector, propagate=not last)
 
     def _solve(self, block: Block, collector: InputCollector, *, propagate: bool = False) -> None:
@@ -149,7 +206,7 @@ class _Schedule:
                 solve(self.state, self.modifiers, block, collector.statistics)
             ranges = make_range_collector(self.state, self.modifiers, [block])
             if ranges.wants_any:
-                self._calibrate(block, ranges, go_on=propagate)
+                self._calibrate(block, ranges, go_on=propagate, solved=True)
             elif propagate:
                 self._propagate(block)
         finish(self.state, self.modifiers, block, ranges.statistics, collector.statistics)
@@ -161,6 +218,19 @@ class _Schedule:
             for index in self._at(block):
                 forward = self.forwards[index]
                 forward.resume(self.points.run(block, forward.waiting_for))
+
+    def say_what_was_not_compared(self) -> None:
+        """Warn once of what the original model's inputs are not known of."""
+        if self.lost:
+            logger.warning(
+                "%d of %d calibration batches go another way through the compressed model than through the original: "
+                "from there on nothing of theirs is corrected.", self.lost, len(self.forwards),
+            )  # fmt: skip
+        if self.unpaired:
+            logger.warning(
+                "%d layers (%s, ...) get tokens that the original model's router does not send them: "
+                "nothing of these is corrected.", len(self.unpaired), min(self.unpaired),
+            )  # fmt: skip
 
     def _say(self, block: Block, phase: str) -> None:
         self.on_progress(Progress(self.done, len(self.state.blocks), block.label, phase))

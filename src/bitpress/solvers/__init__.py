@@ -2,6 +2,7 @@
 
 from bitpress.solvers.allocation import allocate
 from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
+from bitpress.solvers.correction import corrected_weight
 from bitpress.solvers.descent import coordinate_descent
 from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
 from bitpress.solvers.objective import output_error
@@ -20,6 +21,7 @@ __all__ = [
     "allocate",
     "check_finite",
     "coordinate_descent",
+    "corrected_weight",
     "gptq",
     "gptq_together",
     "minmax_parameters",

@@ -24,6 +24,9 @@ class InputCollector:
     """Watches the inputs of layers while it is entered.
 
     Layers that receive the same tensor (q, k and v) share one :class:`InputStatistics`: the first that runs collects.
+
+    Attributes:
+        unpaired: layers that received rows which have no counterpart in the original model: a router sent them others.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], features: Mapping[str, int], wanted: Mapping[str, Statistic]):
@@ -38,6 +41,10 @@ class InputCollector:
         self._held_out = False
         self._ran: Counter[str] = Counter()
         self._once_each = False
+        self._tokens: int | None = None
+        self._originals: dict[str, list[_Rows]] | None = None
+        self._is_original = False
+        self.unpaired: set[str] = set()
 
     @property
     def statistics(self) -> dict[str, InputStatistics]:
@@ -63,6 +70,22 @@ class InputCollector:
             self._seen.clear()
 
     @contextmanager
+    def original(self, mask: Tensor | None = None, *, tokens: int | None = None) -> Iterator[None]:
+        """The run in the original model: what its layers receive is kept, and the next :meth:`batch` compared with it.
+
+        Args:
+            mask: see :meth:`batch`.
+            tokens: rows of the block's input. Of a layer that is given fewer, as a 2-D tensor, nothing says which.
+        """
+        self._mask, self._tokens, self._originals, self._is_original = mask, tokens, {}, True
+        self._seen.clear()
+        try:
+            yield
+        finally:
+            self._is_original = False
+            self._seen.clear()
+
+    @contextmanager
     def batch(
         self, index: int | str, mask: Tensor | None = None, *, output_needed: bool = True, held_out: bool = False
     ) -> Iterator[None]:
@@ -85,6 +108,7 @@ class InputCollector:
             pass
         finally:
             self._seen.clear()
+            self._originals = None
 
     def observe(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take in the arguments of one call of layer ``name``, as the hooks of :meth:`watching` do."""
@@ -93,7 +117,11 @@ class InputCollector:
         # Whatever mode the model's forward is in: the statistics outlive it.
         with torch.inference_mode(False), torch.no_grad():
             x = args[0] if args else next(iter(kwargs.values()))
-            self._observe(name, x, kwargs.get("rows") if args else None)
+            rows = kwargs.get("rows") if args else None
+            if self._is_original:
+                self._keep(name, x, rows)
+                return
+            self._observe(name, x, rows)
         self._ran[name] += 1
         if self._once_each and not self._output_needed and len(self._ran) == len(self._layers):
             raise AllSeen
@@ -117,11 +145,34 @@ class InputCollector:
             statistics = statistics.clone()
         self._statistics[name] = statistics
         statistics.update(_without_padding(x, self._mask, rows), held_out=self._held_out)
+        if Statistic.DRIFT in self._wanted[name] and self._originals is not None:
+            self._compare(name, statistics, _rows(x, self._mask, rows, self._tokens))
         if not statistics.is_finite():
             raise BitpressError(
                 f"the input of {name} holds NaN or infinite values in calibration batch {self._batch}. The model is "
                 "left as it was. Check the model's weights and that batch, or load the model in float32 or bfloat16."
             )
+
+    def _keep(self, name: str, x: Tensor, rows: Callable[[], Tensor] | None) -> None:
+        if Statistic.DRIFT not in self._wanted[name] or self._originals is None:
+            return
+        same, held = identify(x)
+        leader = self._seen.setdefault(same, _Leader(name, True, held))
+        kept = self._originals.setdefault(name, [])
+        if leader.name != name:
+            kept.append(self._originals[leader.name][-1])
+            return
+        found = _rows(x, self._mask, rows, self._tokens)
+        # The block may write to it later.
+        kept.append(found._replace(values=found.values.clone()) if found.values is x else found)
+
+    def _compare(self, name: str, statistics: InputStatistics, found: "_Rows") -> None:
+        kept, call = (self._originals or {}).get(name, []), self._ran[name]
+        pair = _paired(found, kept[call]) if call < len(kept) else None
+        if pair is not None:
+            statistics.compare(*pair)
+        if pair is None or len(pair[0]) < len(found.values):
+            self.unpaired.add(name)
 
     def _follows(self, name: str, leader: "_Leader") -> bool:
         """True if ``name`` shares (or, where both run for the first time, now begins to share) those of ``leader``."""
@@ -143,6 +194,33 @@ class _Leader(NamedTuple):
     name: str
     began: bool
     held: Any
+
+
+class _Rows(NamedTuple):
+    """Rows of an input without padding, the token that each is, if known, and whether they are all of the block's."""
+
+    values: Tensor
+    tokens: Tensor | None
+    all: bool
+
+
+def _rows(x: Tensor, mask: Tensor | None, rows: Callable[[], Tensor] | None, tokens: int | None) -> _Rows:
+    values = _without_padding(x, mask, rows)
+    chosen = rows() if rows is not None else None
+    if chosen is None or x.dim() != 2 or len(chosen) != len(x):
+        return _Rows(values, None, x.dim() > 2 or tokens is None or len(x) == tokens)
+    return _Rows(values, _without_padding(chosen.unsqueeze(1), mask, rows)[:, 0], False)
+
+
+def _paired(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor] | None:
+    """The rows of ``a`` that ``b`` has too, and those of ``b`` in their order; None if that is not known."""
+    if a.tokens is None or b.tokens is None:
+        alike = a.all and b.all and a.values.shape == b.values.shape and a.tokens is b.tokens
+        return (a.values, b.values) if alike else None
+    place = a.tokens.new_full((1 + max(int(t.max()) if len(t) else 0 for t in (a.tokens, b.tokens)),), -1)
+    place[b.tokens] = torch.arange(len(b.tokens), device=place.device)
+    found = place[a.tokens]
+    return a.values[found >= 0], b.values[found[found >= 0]]
 
 
 def identify(x: Tensor) -> tuple[tuple[Any, ...], Any]:

@@ -2,6 +2,9 @@
 
 For inputs X (rows x in) and a change dW of the weight, the squared error at the layer's output is
 ``||X dW^T||^2 = trace(dW H dW^T)`` with the Gram matrix ``H = X^T X``: a solver that has H needs no activations.
+
+Where X is what the compressed model feeds the layer and X' what the original would, ``D = (X' - X)^T X`` says what of
+the difference a change of the weight can make up for.
 """
 
 import enum
@@ -28,6 +31,7 @@ class Statistic(enum.Flag):
     MAX_MAGNITUDE = enum.auto()
     RANGE = enum.auto()
     HELD_OUT = enum.auto()
+    DRIFT = enum.auto()
 
 
 class InputStatistics:
@@ -50,6 +54,7 @@ class InputStatistics:
         self._max = _zeros(wanted & Statistic.MAX_MAGNITUDE, (features,), device)
         self._low = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._high = _zeros(wanted & Statistic.RANGE, (features,), device)
+        self._drift = _zeros(wanted & Statistic.DRIFT, (features, features), device)
 
     @torch.no_grad()
     def update(self, x: Tensor, *, held_out: bool = False) -> None:
@@ -79,8 +84,25 @@ class InputStatistics:
         if self._max is not None:
             torch.maximum(self._max, magnitude.amax(0), out=self._max)
 
+    @torch.no_grad()
+    def compare(self, x: Tensor, original: Tensor) -> None:
+        """Take in how far rows of X have drifted from the rows of X' that are their counterparts.
+
+        Rows that are never compared count as not drifted.
+
+        Args:
+            x: (rows, in), rows that :meth:`update` takes in, too.
+            original: (rows, in), what the original model feeds the layer in their place.
+        """
+        x = x.reshape(-1, self.features).float()
+        difference = original.reshape(-1, self.features).to(x) - x
+        if difference.any():
+            self._needed(self._drift, Statistic.DRIFT).addmm_(difference.T, x)
+
     def is_finite(self) -> bool:
         """False once a NaN, an infinity or an overflow of a sum was taken in."""
+        if self._drift is not None and not bool(self._drift.diagonal().isfinite().all()):
+            return False
         if self._lower is not None:
             # Sums of squares: finite only if all the rest is.
             return bool(self._lower.diagonal().isfinite().all())
@@ -111,12 +133,20 @@ class InputStatistics:
         """The least and the greatest value of each column, or 0: two of (in,), float32, in units of the activation."""
         return self._needed(self._low, Statistic.RANGE), self._needed(self._high, Statistic.RANGE)
 
+    @property
+    def drift(self) -> Tensor:
+        """``D = (X' - X)^T X``, (in, in), float32, summed over rows; 0 where the original model fed the same."""
+        return self._needed(self._drift, Statistic.DRIFT)
+
     def rescale(self, scales: Tensor) -> None:
-        """Follow X to X / scales: ``H`` becomes ``D^-1 H D^-1``. ``scales`` is (in,), > 0."""
+        """Follow X to X / s: ``H`` becomes ``S^-1 H S^-1`` with ``S = diag(s)``. ``scales`` is (in,), > 0.
+
+        The same smoothing of the original model would make X' / s of X': the drift goes the way of H.
+        """
         inverse = scales.float().reciprocal()
-        for gram in (self._lower, self._held_out):
-            if gram is not None:
-                gram.mul_(inverse).mul_(inverse.unsqueeze(1))
+        for matrix in (self._lower, self._held_out, self._drift):
+            if matrix is not None:
+                matrix.mul_(inverse).mul_(inverse.unsqueeze(1))
         for kept in (self._sum, self._max, self._low, self._high):
             if kept is not None:
                 kept.mul_(inverse)
@@ -139,6 +169,8 @@ class InputStatistics:
             self._lower += other._lower
         if self._held_out is not None and other._held_out is not None:
             self._held_out += other._held_out
+        if self._drift is not None and other._drift is not None:
+            self._drift += other._drift
         if self._sum is not None and other._sum is not None:
             self._sum += other._sum
         if self._max is not None and other._max is not None:
@@ -150,7 +182,8 @@ class InputStatistics:
 
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
-        device = next((t.device for t in (self._lower, self._sum, self._max, self._low) if t is not None), "cpu")
+        kept = (self._lower, self._sum, self._max, self._low, self._drift)
+        device = next((t.device for t in kept if t is not None), "cpu")
         copy = InputStatistics(self.features, self.wanted, device)
         copy.merge(self)
         return copy
