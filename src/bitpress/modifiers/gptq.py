@@ -32,8 +32,8 @@ class GPTQModifier(QuantizationModifier):
             compressed layers before its block have done to its inputs; see :func:`bitpress.solvers.corrected_weight`.
             0 leaves it where it is, and costs nothing; else a second forward of the original model goes beside the
             compressed one's. Only the sequential pipeline has inputs that differ. Experimental: all layers of a block
-            make up for the same error, as none knows that the others do, so that 1 may overshoot; SmolLM2-135M at 3 bits
-            became much worse with it. The report's errors are then those of rounding the corrected weight, and
+            make up for the same error, as none knows that the others do, so that 1 may overshoot; SmolLM2-135M at 3
+            bits became much worse with it. The report's errors are then those of rounding the corrected weight, and
             ``correction`` is the share of the output's energy by which it moved.
     """
 
