@@ -44,7 +44,7 @@ class GPTQModifier(QuantizationModifier):
             of what GPTQ and the refinement fit, and each layer keeps the round with the least error on these, which may
             be none: the report has them as ``refinement``. That takes the memory of a second Gram matrix, and a round
             the time of about two GPTQs. The batches that judge are of the calibration's kind of text, and do not see
-            what sweeps lose on another; a refit alone helped on both.
+            what is lost on another: see docs/benchmarks.md.
         error_correction: how far each weight goes, before it is rounded, towards the one that makes up for what the
             compressed layers before its block have done to its inputs; see :func:`bitpress.solvers.corrected_weight`.
             0 leaves it where it is, and costs nothing; else a second forward of the original model goes beside the
