@@ -36,6 +36,7 @@ def compress(args: argparse.Namespace) -> None:
     if args.run in QUALITIES:
         recipe = f"w4a16-{args.run}"
         recipe_args = {"bits": args.bits, "symmetric": args.symmetric, "group_size": args.group}
+        recipe_args |= _fields(args.recipe_args)
     elif args.run != "original":
         order = "static" if "gptq" in args.run else None
         weights = QuantizationArgs(
@@ -43,7 +44,7 @@ def compress(args: argparse.Namespace) -> None:
         )
         groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
         quantizer = GPTQModifier if "gptq" in args.run else QuantizationModifier
-        recipe = [quantizer(config_groups=groups, ignore=["lm_head"])]
+        recipe = [quantizer(config_groups=groups, ignore=["lm_head"], **_fields(args.gptq))]
         if "awq" in args.run:
             recipe.insert(0, AWQModifier())
     began = time.perf_counter()
@@ -51,7 +52,13 @@ def compress(args: argparse.Namespace) -> None:
         oneshot(model, tokens.tolist(), recipe, recipe_args=recipe_args, num_calibration_samples=args.samples)
     seconds = time.perf_counter() - began
     phases = {k: round(v, 1) for k, v in model.bitpress.report["seconds"].items()} if recipe is not None else {}
-    figures(args, model, tokenizer, seconds, tool="bitpress", algorithm=args.run, phases=phases)
+    stated = " ".join([args.run, *args.gptq, *args.recipe_args])
+    figures(args, model, tokenizer, seconds, tool="bitpress", algorithm=stated, phases=phases)
+
+
+def _fields(stated: list[str]) -> dict:
+    """Fields of a modifier from ``name=value``."""
+    return {name: json.loads(value) for name, _, value in (part.partition("=") for part in stated)}
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict]:
@@ -96,6 +103,8 @@ def main() -> None:
     """Run one line, or all of them."""
     parser = arguments(__doc__)
     parser.add_argument("--run", choices=["original", *OURS], help="only this, in this process")
+    parser.add_argument("--gptq", nargs="*", default=[], metavar="FIELD=VALUE", help="for --run")
+    parser.add_argument("--recipe-args", nargs="*", default=[], metavar="NAME=VALUE", help="for --run")
     parser.add_argument("--algorithms", nargs="*", default=list(OURS), choices=OURS)
     parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
     parser.add_argument("--peer-python", help="the Python of an environment with the peers")
