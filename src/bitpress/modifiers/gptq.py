@@ -48,9 +48,9 @@ class GPTQModifier(QuantizationModifier):
         error_correction: how far each weight goes, before it is rounded, towards the one that makes up for what the
             compressed layers before its block have done to its inputs; see :func:`bitpress.solvers.corrected_weight`.
             0 leaves it where it is, and costs nothing; else a second forward of the original model goes beside the
-            compressed one's. Only the sequential pipeline has inputs that differ. Try 0.5; 1 overshoots, it seems because all
-            layers of a block make up for the same error. The report's errors are then those of rounding the corrected
-            weight, and ``correction`` is the share of the output's energy by which it moved.
+            compressed one's. Only the sequential pipeline has inputs that differ. Try 0.5: 1 overshoots, it seems
+            because all layers of a block make up for the same error. The report's errors are then those of rounding the
+            corrected weight, and ``correction`` is the share of the output's energy by which it moved.
     """
 
     dampening_frac: float = Field(default=0.1, gt=0)
