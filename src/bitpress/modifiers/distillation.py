@@ -35,6 +35,11 @@ class DistillationModifier(Modifier):
     held_out: float = Field(default=0.125, gt=0, lt=1)
     gradient_checkpointing: bool = True
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """See :attr:`Modifier.needs_whole_model`."""
+        return True
+
     def on_initialize(self, state: State) -> None:
         """Ask for the pass, if there is data for it."""
         if not any(block.calls for block in state.blocks):

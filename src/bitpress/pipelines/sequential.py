@@ -15,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -31,8 +32,10 @@ from bitpress.pipelines.solving import (
     finish,
     is_held_out,
     make_collector,
+    make_notes,
     make_range_collector,
     solve,
+    take_notes,
     watched,
 )
 from bitpress.statistics import InputCollector, Statistic
@@ -45,8 +48,9 @@ def run_sequential(
     modifiers: Sequence[Modifier],
     data: CalibrationData,
     order: Sequence[str],
+    changes: Changes,
     on_progress: OnProgress,
-) -> Changes:
+) -> None:
     """Solve the blocks in the order of their last calls; ``order`` is that of all calls in the dry run."""
     points = PausePoints(state.blocks)
     with points.installed():
@@ -55,14 +59,13 @@ def run_sequential(
         own = [Call(batch.args, batch.kwargs).copy() for batch in data.batches if _compares(state, modifiers)]
         originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in enumerate(own)}
         masks = [b.mask() for b in data.batches]
-        schedule = _Schedule(state, modifiers, points, forwards, originals, masks, on_progress)
+        schedule = _Schedule(state, modifiers, points, forwards, originals, masks, changes, on_progress)
         try:
             schedule.run(order)
         finally:
             for forward in (*forwards, *originals.values()):
                 forward.stop()
     schedule.say_what_was_not_compared()
-    return schedule.changes
 
 
 def _compares(state: State, modifiers: Sequence[Modifier]) -> bool:
@@ -80,15 +83,15 @@ class _Schedule:
         forwards: Sequence[PausedForward],
         originals: dict[int, PausedForward],
         masks: Sequence[Tensor | None],
+        changes: Changes,
         on_progress: OnProgress,
     ) -> None:
         self.state, self.modifiers, self.points = state, modifiers, points
         self.forwards, self.originals, self.masks = forwards, originals, masks
-        self.on_progress = on_progress
+        self.changes, self.on_progress = changes, on_progress
         self.unpaired: set[str] = set()
         self.lost = 0
         self.ends = False
-        self.changes = Changes()
         self.done = 0
 
     def run(self, order: Sequence[str]) -> None:
@@ -106,13 +109,15 @@ class _Schedule:
             left[name] -= 1
             block, collector = blocks[name], collectors[name]
             self.ends = position == len(order) - 1
-            if left[name]:
-                self._calibrate(block, collector, go_on=True)
-            else:
-                self._finish(block, collectors.pop(name), last=self.ends)
+            with block.present():
+                if left[name]:
+                    self._calibrate(block, collector, go_on=True)
+                else:
+                    self._finish(block, collectors.pop(name), last=self.ends)
         for block in self.state.blocks:
             if block.name not in left:
-                self._solve(block, make_collector(self.state, self.modifiers, {}))
+                with block.present():
+                    self._solve(block, make_collector(self.state, self.modifiers, {}))
 
     def _detours(self, left: Counter[str]) -> None:
         """Where a batch waits for a call that the dry run did not make: solve the block now, or run it as it was.
@@ -121,12 +126,13 @@ class _Schedule:
         """
         while waiting := {f.at.name: f.at for f in self.forwards if f.at is not None and not left[f.at.name]}:
             for name, block in waiting.items():
-                if name in left:
-                    self._propagate_originals(block)
-                    self._propagate(block)
-                else:
-                    left[name] = 0
-                    self._finish(block, make_collector(self.state, self.modifiers, block.layers), last=False)
+                with block.present():
+                    if name in left:
+                        self._propagate_originals(block)
+                        self._propagate(block)
+                    else:
+                        left[name] = 0
+                        self._finish(block, make_collector(self.state, self.modifiers, block.layers), last=False)
 
     def _at(self, block: Block) -> list[int]:
         """Batches whose forward waits for this block; one that takes another way through the model waits elsewhere."""
@@ -192,15 +198,29 @@ class _Schedule:
 
     def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
         """The block's last call: solve it, and go on with its new weights."""
+        notes = self.changes.notes(block.name)
+        if notes is not None:
+            self._restore(block, notes, propagate=not last)
+            return
         if collector.wants_any:
             self._calibrate(block, collector, go_on=False)
         else:
             self._propagate_originals(block)
         self._solve(block, collector, propagate=not last)
 
+    def _restore(self, block: Block, notes: dict[str, Any], *, propagate: bool) -> None:
+        """An earlier run has solved the block: go on with what it left."""
+        self._propagate_originals(block)
+        self.state.activations |= self.changes.restore(block)
+        take_notes(self.state, notes)
+        if propagate:
+            self._propagate(block)
+        self.done += 1
+
     def _solve(self, block: Block, collector: InputCollector, *, propagate: bool = False) -> None:
         self._say(block, "solve")
         self.state.quantized = {}
+        noted = len(self.state.mapping_records)
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
                 solve(self.state, self.modifiers, block, collector.statistics)
@@ -210,6 +230,10 @@ class _Schedule:
             elif propagate:
                 self._propagate(block)
         finish(self.state, self.modifiers, block, ranges.statistics, collector.statistics)
+        activations = {
+            n: tensors for n, tensors in self.state.activations.items() if block.holds(n) or n in block.layers
+        }
+        self.changes.finish(block, activations, make_notes(self.state, block, noted))
         self.done += 1
 
     def _propagate(self, block: Block) -> None:

@@ -2,19 +2,20 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitpress.checkpoints import attach, attach_attention, is_quantized
+from bitpress.checkpoints import Changes, attach, attach_attention, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.lora import check_no_adapters
+from bitpress.models.residence import Residence
 from bitpress.models.taps import tapped
 from bitpress.modifiers import State
 from bitpress.modifiers.activations import make_taps, resolve_attentions
@@ -40,6 +41,7 @@ class Session:
 
     Attributes:
         state: what the modifiers share; filled by ``initialize``.
+        data: the calibration data, as the model takes it.
     """
 
     state: State
@@ -54,8 +56,10 @@ class Session:
         seed: int = 42,
         moe_calibrate_all_experts: bool = True,
         moe_min_tokens: int = MIN_TOKENS,
+        residence: Residence | None = None,
     ) -> None:
         self.model = model
+        self.residence = residence
         self.recipe = Recipe.of(recipe)
         self.pipeline = pipeline
         self._named_pipeline = pipeline
@@ -63,7 +67,7 @@ class Session:
         self._seed = seed
         self._all_experts = moe_calibrate_all_experts
         self._min_tokens = moe_min_tokens
-        self._data: CalibrationData | None = None
+        self.data: CalibrationData | None = None
         self._order: list[str] = []
 
     def check(self) -> None:
@@ -82,9 +86,13 @@ class Session:
         if not schemes and not attentions:
             raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
         layers = {name: find_layer(self.model, name) for name in schemes}
-        for name, layer in layers.items():
-            check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
+        if self.residence is None:
+            for name, layer in layers.items():
+                check_finite(weight_matrix(layer), name)
+        else:
+            for block in blocks:
+                block.presence = self.residence.present
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
         self.state.attentions = attentions
         self.state.taps = make_taps(self.model, schemes, attentions)
@@ -93,6 +101,18 @@ class Session:
         for modifier in modifiers:
             self.state.candidates |= modifier.candidates(self.model, [n for n in schemes if owners[n] is modifier])
 
+    def start(self, read_data: Callable[[nn.Module], CalibrationData | None]) -> None:
+        """Check, then read the calibration data, then initialize.
+
+        Args:
+            read_data: makes the batches for the model; None where there is no data.
+
+        Raises:
+            BitpressError: see :meth:`check` and :meth:`initialize`.
+        """
+        self.check()
+        self.initialize(read_data(self.model))
+
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
 
@@ -100,7 +120,7 @@ class Session:
             BitpressError: a mapping that does not hold, statistics that no data is there for.
         """
         if data is not None:
-            self._data = CalibrationData(
+            self.data = CalibrationData(
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
             with self._calibrating(), self._tapped(), self.state.watch.phase("dry run"):
@@ -136,16 +156,24 @@ class Session:
         }
         return order
 
-    def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
-        """Solve everything. The model is as it was afterwards."""
+    def run(self, on_progress: Callable[[Progress], None] = lambda _: None, changes: Changes | None = None) -> None:
+        """Solve everything. The model is as it was afterwards.
+
+        Args:
+            on_progress: called with how far it is.
+            changes: where the new weights go; by default they are kept in memory, for :meth:`finalize`.
+        """
         assert self.pipeline is not None  # noqa: S101
+        self._changes = changes or Changes()
         # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
         with calibrating(self.model, one_by_one=False):
-            measure(self.state, self.recipe.modifiers, self._data, on_progress)
+            measure(self.state, self.recipe.modifiers, self.data, on_progress)
         with self._calibrating(), self._tapped():
-            self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
+            run(
+                self.pipeline, self.state, self.recipe.modifiers, self.data, self._order, self._changes, on_progress
+            )  # fmt: skip
         with calibrating(self.model, one_by_one=False):
-            distill(self.state, self._data, self._changes, on_progress)
+            distill(self.state, self.data, self._changes, on_progress)
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -164,15 +192,21 @@ class Session:
         }
         del self._changes
 
-    def _calibrating(self) -> AbstractContextManager[None]:
-        return calibrating(self.model, all_experts=self._all_experts)
+    @contextmanager
+    def _calibrating(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(calibrating(self.model, all_experts=self._all_experts))
+            if self.residence is not None:
+                stack.enter_context(self.residence.around({block.name for block in self.state.blocks}))
+            yield
 
     def _tapped(self) -> AbstractContextManager[None]:
         return tapped(self.model, {name: find_layer(self.model, name) for name in self.state.schemes}, self.state.taps)
 
     def _prepared(self, batch: Batch) -> Batch:
         """On the model's device, and without a cache: a block is run more than once."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        of_model = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = of_model if self.residence is None else self.residence.device
         batch = batch.to(device)
         if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch.kwargs:
             return Batch(batch.args, {**batch.kwargs, "use_cache": False})
