@@ -28,7 +28,7 @@ from bitpress.checkpoints.layout import Layout, ShardWriter
 from bitpress.checkpoints.packed import KINDS
 from bitpress.checkpoints.saving import plan, warn_of_readers, write_quantization_config
 from bitpress.checkpoints.shards import Shards
-from bitpress.checkpoints.source import Source, parameter_or_buffer
+from bitpress.checkpoints.source import CannotStreamError, Source, parameter_or_buffer
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.experts import find_layer
@@ -81,6 +81,8 @@ class Output(Changes):
         layers = {name: find_layer(self._saved, name) for name in schemes}
         self._attentions = {name: self._saved.get_submodule(name) for name in attentions}
         self._stored, self._read = plan(self._saved, self._state, layers, packed, self._attentions)
+        if not self._read and not attentions:
+            raise CannotStreamError(f"no reader takes what is quantized of a {type(saved).__name__} packed.")
         tensors = self._stored.tensors(self._saved, self._state, packed, attentions)
         tensors = {name: tensor.to("meta") for name, tensor in tensors.items()} | self._unclaimed()
         self.stored_bytes = {name: each.nbytes(stored_format(schemes[name])) for name, each in packed.items()}

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +46,23 @@ class Residence:
 
     @contextmanager
     def around(self, blocks: Collection[str]) -> Iterator[None]:
-        """Inside the ``with`` modules outside of ``blocks`` have their parameters when they are called."""
+        """Inside the ``with`` modules outside of ``blocks`` have their parameters when they are called.
+
+        Raises:
+            RuntimeError: the model's code uses a parameter's place before it calls the parameter's module.
+        """
         inside = tuple(f"{name}." for name in blocks)
+        embedding = _embedding(self.model)
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
                 outside = name not in blocks and not name.startswith(inside)
                 if outside and any(p is not None for p in module._parameters.values()):
-                    before = module.register_forward_pre_hook(lambda _, __, name=name: self._call(name), prepend=True)
-                    after = module.register_forward_hook(lambda _, __, ___, name=name: self._called(name))
+                    before = module.register_forward_pre_hook(partial(self._call, name), prepend=True)
+                    after = module.register_forward_hook(partial(self._called, name))
                     stack.callback(before.remove)
                     stack.callback(after.remove)
+                    if module is embedding:
+                        self._bring(name, recurse=False)  # some models ask where it is before they call it
             stack.callback(self.release, everything=True)
             yield
 
@@ -63,12 +72,14 @@ class Residence:
             if everything or name not in self._running:
                 self._drop(name)
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, _: nn.Module, args: Any) -> None:
+        if any(isinstance(x, Tensor) and x.is_meta for x in args):
+            raise RuntimeError(f"{name} is given a tensor on the meta device")
         self._running.add(name)
         if name not in self._held:
             self._bring(name, recurse=False)
 
-    def _called(self, name: str) -> None:
+    def _called(self, name: str, *_: Any) -> None:
         self._running.discard(name)
 
     def _bring(self, name: str, *, recurse: bool) -> None:
@@ -91,3 +102,12 @@ class Residence:
     def _put(self, name: str, parameter: nn.Parameter | None) -> None:
         owner, _, local = name.rpartition(".")
         self.model.get_submodule(owner)._parameters[local] = parameter
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    """Where a transformers model looks up its tokens."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
