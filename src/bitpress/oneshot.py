@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -47,6 +47,7 @@ def oneshot(  # noqa: PLR0913
     sequential_targets: Sequence[str] | None = None,
     moe_calibrate_all_experts: bool = True,
     moe_min_tokens: int = MIN_TOKENS,
+    activations: Literal["memory", "disk"] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
     overwrite: bool = False,
@@ -84,6 +85,8 @@ def oneshot(  # noqa: PLR0913
             those that the router sends it.
         moe_min_tokens: an expert that saw fewer tokens is solved from what all experts of its layer saw, and listed in
             the report.
+        activations: where batches that wait for their turn keep their activations: "memory" or "disk"; by default on
+            the disk where they would take more than a quarter of the free memory.
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         overwrite: replace a model that is in ``output_dir``.
@@ -117,6 +120,7 @@ def oneshot(  # noqa: PLR0913
         "seed": seed,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "moe_min_tokens": moe_min_tokens,
+        "activations": activations,
     }
 
     def read_data(of: nn.Module) -> CalibrationData | None:

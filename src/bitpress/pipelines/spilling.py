@@ -1,16 +1,24 @@
 """Activations on the disk: those of batches whose forward waits, while another batch runs."""
 
 import ctypes
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
+from bitpress.memory import free_memory
 from bitpress.models.blocks import Call
+from bitpress.modifiers import State
 
+logger = logging.getLogger(__name__)
+
+# Activations that would take more of the free memory go to the disk.
+SHARE_OF_FREE = 0.25
 # Smaller tensors are not worth a file.
 LEAST_BYTES = 1 << 16
 
@@ -19,28 +27,26 @@ class Spill:
     """Moves what calls wait with to files, and back.
 
     The memory of a tensor is emptied, not the tensor: whoever else holds it, as the model's forward does, has it back
-    with it. What a model's buffers or several batches share stays in memory.
+    with it. Only the first tensor of a call goes, the hidden state: that no other batch has it is certain if it is what
+    the block before has just given, or the model's own code for its first block. Masks and rotary embeddings stay.
 
     Args:
         directory: for files without names, which are gone with the process.
-        model: the model.
-        keep: tensors that stay in memory.
     """
 
-    def __init__(self, directory: Path, model: nn.Module, keep: Sequence[Tensor]) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        own = [*model.parameters(), *model.buffers(), *keep]
-        self._kept = {_identity(t.untyped_storage()) for t in own if t.device.type != "meta"}
         self._out: dict[int, list[tuple[UntypedStorage, int, int]]] = {}
         self._files: dict[int, int] = {}
 
-    def out(self, index: int, calls: Sequence[Call]) -> None:
-        """Move to the disk what the calls of a batch wait with."""
-        found: dict[int, UntypedStorage] = {}
-        for call in calls:
-            for storage in _storages(call):
-                if _identity(storage) not in self._kept:
-                    found[_identity(storage)] = storage
+    def out(self, index: int, waiting: Sequence[tuple[Call, Any]]) -> None:
+        """Move to the disk what a batch waits with.
+
+        Args:
+            index: of the batch.
+            waiting: each of its calls, and the output of the block before it; None if there was none.
+        """
+        found = {_identity(storage): storage for call, given in waiting for storage in hidden_state(call, given)}
         if not found:
             return
         file = self._file(index)
@@ -74,12 +80,28 @@ class Spill:
         return self._files[index]
 
 
-def _storages(call: Call) -> Iterator[UntypedStorage]:
-    for leaf in tree_leaves((call.args, call.kwargs)):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.device.type == "cpu":
-            storage = leaf.untyped_storage()
-            if storage.nbytes() >= LEAST_BYTES and storage.resizable():
-                yield storage
+def make_spill(state: State, waiting: Sequence[tuple[Call, Any]], batches: int) -> Spill | None:
+    """What moves the activations of ``batches`` that wait like this to the disk; None if they stay in memory."""
+    if state.activations_on == "memory":
+        return None
+    if state.activations_on is None:
+        size = sum(storage.nbytes() for call, given in waiting for storage in hidden_state(call, given))
+        share = batches * size / max(1, free_memory())
+        if share < SHARE_OF_FREE:
+            return None
+        logger.info("the activations of %d batches would take %.0f%% of free memory: to disk.", batches, 100 * share)
+    return Spill(state.scratch or Path(tempfile.gettempdir()))
+
+
+def hidden_state(call: Call, given: Any) -> Iterator[UntypedStorage]:
+    """The memory of a call's first tensor, if it is worth a file and nobody but this forward can have it."""
+    first = next((x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)), None)
+    if first is None or not first.is_floating_point() or first.dim() < 2 or first.device.type != "cpu":
+        return
+    storage = first.untyped_storage()
+    outputs = {_identity(x.untyped_storage()) for x in tree_leaves(given) if isinstance(x, Tensor)}
+    if storage.nbytes() >= LEAST_BYTES and storage.resizable() and (given is None or _identity(storage) in outputs):
+        yield storage
 
 
 def _identity(storage: UntypedStorage) -> int:

@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
 from bitpress.quantization import stored_format
+from bitpress.session.preflight import Needs, bytes_per_token, estimate, wanted_statistics
 from bitpress.session.recipe import Recipe, RecipeLike
 from bitpress.solvers import check_finite
 from bitpress.statistics import InputCollector, Statistic
@@ -42,11 +43,13 @@ class Session:
     Attributes:
         state: what the modifiers share; filled by ``initialize``.
         data: the calibration data, as the model takes it.
+        needs: what it will need; known after ``initialize``.
     """
 
     state: State
+    needs: Needs
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         recipe: RecipeLike,
@@ -56,15 +59,19 @@ class Session:
         seed: int = 42,
         moe_calibrate_all_experts: bool = True,
         moe_min_tokens: int = MIN_TOKENS,
+        activations: Literal["memory", "disk"] | None = None,
         residence: Residence | None = None,
+        on_disk: bool = False,
     ) -> None:
         self.model = model
         self.residence = residence
+        self._on_disk = on_disk or residence is not None
         self.recipe = Recipe.of(recipe)
         self.pipeline = pipeline
         self._named_pipeline = pipeline
         self._sequential_targets = sequential_targets
         self._seed = seed
+        self._activations = activations
         self._all_experts = moe_calibrate_all_experts
         self._min_tokens = moe_min_tokens
         self.data: CalibrationData | None = None
@@ -87,13 +94,13 @@ class Session:
             raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
         layers = {name: find_layer(self.model, name) for name in schemes}
         blocks = find_blocks(self.model, layers, self._sequential_targets)
-        if self.residence is None:
-            for name, layer in layers.items():
-                check_finite(weight_matrix(layer), name)
-        else:
+        for name, layer in {} if self._on_disk else layers.items():
+            check_finite(weight_matrix(layer), name)
+        if self.residence is not None:
             for block in blocks:
                 block.presence = self.residence.present
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
+        self.state.activations_on = self._activations
         self.state.attentions = attentions
         self.state.taps = make_taps(self.model, schemes, attentions)
         of_taps = {name: of_attention.get(tap.owner, owners.get(tap.owner)) for name, tap in self.state.taps.items()}
@@ -137,10 +144,22 @@ class Session:
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
         check_enough(self.state, data)
+        self.needs = self._estimate(data)
+        self.needs.check()
         for block in self.state.blocks:
             block.forget()
         self.pipeline = infer_pipeline(
             self._named_pipeline, self.state, self.recipe.modifiers, has_data=data is not None
+        )
+
+    def _estimate(self, data: CalibrationData | None) -> Needs:
+        """What it will need; the blocks still have their calls of the dry run."""
+        return estimate(
+            self.state,
+            wanted_statistics(self.state, self.recipe.modifiers),
+            tokens=0 if data is None else data.tokens,
+            per_token=bytes_per_token(self.state.blocks),
+            streamed=self.residence is not None,
         )
 
     def _dry_run(self, probe: Batch) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bitpress.checkpoints.journal import resumable_directory
+from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.output import Output
 from bitpress.checkpoints.saving import Companions, write_companions
 from bitpress.checkpoints.source import CannotStreamError, Source
@@ -24,6 +25,9 @@ from bitpress.session.session import Session
 
 LIBRARIES = ("bitpress", "torch", "transformers", "compressed-tensors")
 
+# Options that do not decide the bytes, or that the blocks tell of.
+NOT_OF_THE_BYTES = ("sequential_targets", "activations")
+
 
 class StreamedSession(Session):
     """One compression of a model that never is in memory as a whole.
@@ -35,7 +39,9 @@ class StreamedSession(Session):
 
     output: Output
 
-    def __init__(self, source: Source, recipe: RecipeLike, *, max_shard_size: int | str, **options: Any) -> None:
+    def __init__(
+        self, source: Source, recipe: RecipeLike, *, max_shard_size: int | str = MAX_SHARD_SIZE, **options: Any
+    ) -> None:
         super().__init__(source.model, recipe, residence=Residence(source.model, source.read), **options)
         self.source = source
         self._max_shard_size = max_shard_size
@@ -90,6 +96,7 @@ class StreamedSession(Session):
             resume: False starts over.
         """
         facts = self.facts(companions.recipe or "")
+        self.state.scratch = path.parent
         with resumable_directory(path, facts, resume=resume) as (draft, journal):
             self.output.start(draft, journal)
             try:
@@ -112,7 +119,11 @@ class StreamedSession(Session):
             "config": _digest([config.to_json_string().encode()]),
             "data": None if self.data is None else _data_digest(self.data),
             "recipe": recipe,
-            "options": {name: value for name, value in self._options.items() if name != "sequential_targets"},
+            "options": {
+                name: value
+                for name, value in self._options.items()
+                if name not in ("sequential_targets", "activations")
+            },
             "blocks": [block.name for block in self.state.blocks],
             "max_shard_size": self._max_shard_size,
             "threads": torch.get_num_threads(),
