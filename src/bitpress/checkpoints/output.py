@@ -131,7 +131,9 @@ class Output(Changes):
             register_activations(module, tensors, torch.empty(0, dtype=next(module.parameters()).dtype))
         model = self.source.model
         state = {name: parameter_or_buffer(model, name) for name in self._state if block.holds(name)}
-        tensors = self._stored.tensors(self._saved, state, self._packed, [n for n in activations if block.holds(n)])
+        tensors = self._stored.tensors(
+            self._saved, state, self._packed, [n for n in activations if n in self._attentions]
+        )
         self._write(block.name, tensors, notes)
         self._packed = {}
 

@@ -167,13 +167,37 @@ class Session:
         layers = {name: layer for block in self.state.blocks for name, layer in block.layers.items()}
         widths = {name: in_features(layer) for name, layer in layers.items()}
         collector = InputCollector(layers, widths, dict.fromkeys(layers, Statistic.MAX_MAGNITUDE))
-        with collector.watching(), collector.batch(0, probe.mask()):
+        with self._weights_checked(), collector.watching(), collector.batch(0, probe.mask()):
             order = dry_run(self.state, probe)
         numbers: dict[int, int] = {}
         self.state.inputs = {
             name: numbers.setdefault(id(statistics), len(numbers)) for name, statistics in collector.statistics.items()
         }
         return order
+
+    @contextmanager
+    def _weights_checked(self) -> Iterator[None]:
+        """Inside the ``with`` what is read from the disk is refused if it holds NaN or infinities."""
+        residence = self.residence
+        if residence is None:
+            yield
+            return
+        layers = {block.name: block.layers for block in self.state.blocks}
+
+        @contextmanager
+        def checked(name: str) -> Iterator[None]:
+            with residence.present(name):
+                for layer_name, layer in layers[name].items():
+                    check_finite(weight_matrix(layer), layer_name)
+                yield
+
+        try:
+            for block in self.state.blocks:
+                block.presence = checked
+            yield
+        finally:
+            for block in self.state.blocks:
+                block.presence = residence.present
 
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None, changes: Changes | None = None) -> None:
         """Solve everything. The model is as it was afterwards.

@@ -117,13 +117,13 @@ class StreamedSession(Session):
         return {
             "model": self.source.shards.facts(),
             "config": _digest([config.to_json_string().encode()]),
-            "data": None if self.data is None else _data_digest(self.data),
             "recipe": recipe,
             "options": {
                 name: value
                 for name, value in self._options.items()
                 if name not in ("sequential_targets", "activations")
             },
+            "data": None if self.data is None else _data_digest(self.data),
             "blocks": [block.name for block in self.state.blocks],
             "max_shard_size": self._max_shard_size,
             "threads": torch.get_num_threads(),
