@@ -232,7 +232,7 @@ def test_another_run_does_not_go_on(tmp_path):
     model = stored(mistral(), tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
         interruptible(model, tmp_path / "out", end_at="model.layers.1")
-    with pytest.raises(BitpressError, match=r"seed of options was 42, and is 1 now.*resume=False"):
+    with pytest.raises(BitpressError, match=r"its seed was 42, and is 1 now.*resume=False"):
         interruptible(model, tmp_path / "out", seed=1)
     interruptible(model, tmp_path / "out", seed=1, resume=False)
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -118,11 +118,7 @@ class StreamedSession(Session):
             "model": self.source.shards.facts(),
             "config": _digest([config.to_json_string().encode()]),
             "recipe": recipe,
-            "options": {
-                name: value
-                for name, value in self._options.items()
-                if name not in ("sequential_targets", "activations")
-            },
+            **{name: value for name, value in self._options.items() if name not in NOT_OF_THE_BYTES},
             "data": None if self.data is None else _data_digest(self.data),
             "blocks": [block.name for block in self.state.blocks],
             "max_shard_size": self._max_shard_size,
