@@ -13,6 +13,7 @@ from bitpress.checkpoints.saving import Companions
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
+from bitpress.ranks import among_ranks, current
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
@@ -22,6 +23,7 @@ from bitpress.session.session import parameters_bytes
 logger = logging.getLogger(__name__)
 
 
+@among_ranks
 def oneshot(  # noqa: PLR0913
     model: nn.Module | str | os.PathLike[str],
     dataset: Any = None,
@@ -91,7 +93,7 @@ def oneshot(  # noqa: PLR0913
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
     steps = Recipe.of(recipe, recipe_args)
-    if output_dir is not None:
+    if output_dir is not None and current().is_first:
         check_destination(output_dir, overwrite=overwrite)
     if not isinstance(model, nn.Module):
         if tokenizer is None and processor is None:
@@ -99,7 +101,7 @@ def oneshot(  # noqa: PLR0913
         model = load_named(model, trust_remote_code=trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
-    if output_dir is not None:
+    if output_dir is not None and current().is_first:
         check_destination(output_dir, overwrite=overwrite, needed=parameters_bytes(model))
     session = Session(
         model,
@@ -127,12 +129,12 @@ def oneshot(  # noqa: PLR0913
             model=model,
         )
     session.initialize(data)
-    with progress_display(len(session.state.blocks), show=progress) as on_progress:
+    with progress_display(len(session.state.blocks), show=progress if current().is_first else False) as on_progress:
         session.run(on_progress)
     session.finalize()
     report = summarize(session, data)
     bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report))
-    if output_dir is not None:
+    if output_dir is not None and current().is_first:
         save(model, output_dir, save_compressed=save_compressed, overwrite=overwrite)
     return model
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
 from bitpress.modifiers.fused import choose_global_scales
-from bitpress.modifiers.quantization import Problem, QuantizationModifier
+from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.sharing import Cost, Problem, factored_cost
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizedWeight
 from bitpress.solvers import (
@@ -21,7 +22,7 @@ from bitpress.solvers import (
     refine_together,
     search_parameters,
 )
-from bitpress.statistics import Statistic
+from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,17 @@ class GPTQModifier(QuantizationModifier):
                 matrix, gram = weight_matrix(block.layers[name]), state.statistics[name].gram
                 args, whole_scale = state.schemes[name].weights, state.global_scales.get(name)
                 state.ranges[name] = search_parameters(matrix, args, gram, matrix.dtype, whole_scale)
+
+    @property
+    def rows_apart(self) -> bool:
+        """See :attr:`QuantizationModifier.rows_apart`: but what judges a refinement is the error of the whole layer."""
+        own = type(self)
+        plain = own.solve_all is GPTQModifier.solve_all and own.solve is QuantizationModifier.solve
+        return plain and self.refine is None
+
+    def cost(self, columns: int, statistics: InputStatistics | None) -> Cost:
+        """See :meth:`QuantizationModifier.cost`: a factorization for all rows, and their columns in turn."""
+        return factored_cost(columns, statistics)
 
     def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
         """See :meth:`QuantizationModifier.solve_all`; a layer that did not run is rounded to nearest.

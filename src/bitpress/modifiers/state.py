@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitpress.models.blocks import Block
 from bitpress.models.taps import Tap
 from bitpress.quantization import QuantizationScheme, QuantizedWeight
+from bitpress.ranks import Ranks, current
 from bitpress.statistics import InputStatistics
 
 
@@ -88,6 +89,7 @@ class State:
         seed: of everything random.
         min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
         few_tokens: the tokens that each such expert's layer saw, by name.
+        ranks: the processes that this one compresses the model with.
     """
 
     model: nn.Module
@@ -113,3 +115,4 @@ class State:
     seed: int = 42
     min_expert_tokens: int = 0
     few_tokens: dict[str, int] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=current)

@@ -24,6 +24,7 @@ from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
+from bitpress.pipelines.starting import check_same_start
 from bitpress.quantization import stored_format
 from bitpress.session.recipe import Recipe, RecipeLike
 from bitpress.solvers import check_finite
@@ -139,6 +140,7 @@ class Session:
     def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
         """Solve everything. The model is as it was afterwards."""
         assert self.pipeline is not None  # noqa: S101
+        check_same_start(self.state, self._data)
         # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
         with calibrating(self.model, one_by_one=False):
             measure(self.state, self.recipe.modifiers, self._data, on_progress)

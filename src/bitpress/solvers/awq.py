@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitpress.quantization.grid import SEARCH_CHUNK, beside, block_shape, group_view, off_grid, spread
 from bitpress.quantization.scales import affine_floats, global_scale_of, has_global_scale
+from bitpress.ranks import ALONE, Ranks
 from bitpress.solvers.ranges import weight_ranges
 
 # (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
@@ -76,6 +77,7 @@ def search_scales(
     channel_map: Tensor | None = None,
     n_grid: int = 20,
     duo_scaling: bool | Literal["both"] = True,
+    ranks: Ranks = ALONE,
 ) -> AWQ:
     """The scales of AWQ's family with the least squared error at the outputs of ``layers``.
 
@@ -87,6 +89,7 @@ def search_scales(
             (grouped-query attention); None if each has its own.
         n_grid: exponents that are tried, from 0 to 1 - 1/n_grid; 0 only measures.
         duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
+        ranks: those that share the search out, row by row; all of them are given the same and get the same.
     """
     weights = [layer.weight.float() for layer in layers]
     if channel_map is None:
@@ -97,7 +100,7 @@ def search_scales(
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
     weight_magnitude = _pool(_weight_magnitude(weights, layers), channel)
     ratios, duos, candidates = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
-    best, errors = _race(layers, weights, gram, candidates[:, channel])
+    best, errors = _race(layers, weights, gram, candidates[:, channel], ranks)
     scales = torch.ones(int(feeding[-1]) + 1, device=gram.device)
     scales[feeding] = candidates[best]
     return AWQ(scales, ratios[best], duos[best], errors[best], errors[0])
@@ -153,14 +156,16 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
 
 
 def _race(
-    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
+    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor, ranks: Ranks
 ) -> tuple[int, dict[int, float]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
     peaks = column_peaks(layers, weights)
-    rows = [
-        row_errors(layer, weight, slice(None), gram, scales[:1], peaks)[0]
-        for layer, weight in zip(layers, weights, strict=True)
+    mine = [ranks.part(0, len(weight), _height(layer)) for layer, weight in zip(layers, weights, strict=True)]
+    found = [
+        row_errors(layer, weight, part, gram, scales[:1], peaks)[0]
+        for layer, weight, part in zip(layers, weights, mine, strict=True)
     ]
+    rows = [torch.cat(parts) for parts in zip(*(r.tensors for r in ranks.gather(found)), strict=True)]
     untouched = sum(float(r.double().sum()) for r in rows)
     weights = [weight[_order(layer, r)] for layer, weight, r in zip(layers, weights, rows, strict=True)]
     parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
@@ -171,11 +176,14 @@ def _race(
         until = -(-stop * parts // PARTS)
         if until == seen:
             continue  # few rows: no more is known than after the round before
+        sums = torch.zeros(len(alive), dtype=torch.float64)
         for layer, weight in zip(layers, weights, strict=True):
             height = _height(layer)
             first, last = (height * (-(-weight.shape[0] // height) * part // parts) for part in (seen, until))
-            found = row_errors(layer, weight, slice(first, last), gram, scales[alive], peaks)
-            errors[alive] += found.double().sum(1).cpu()
+            part = ranks.part(first, min(last, len(weight)), height)
+            sums += row_errors(layer, weight, part, gram, scales[alive], peaks).double().sum(1).cpu()
+        ranks.sum([sums])
+        errors[alive] += sums
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
     best = alive[0] if alive else 0
@@ -220,6 +228,8 @@ def row_errors(
     ``peaks`` are those of :func:`column_peaks`, from which a candidate's global scale follows.
     """
     errors = weight.new_empty(len(scales), len(weight[rows]))
+    if not errors.numel():
+        return errors
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
     globals_ = [_global_scale(layer, s, peaks) for s in scales]
     height = _height(layer)

@@ -8,12 +8,13 @@ the difference a change of the weight can make up for.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bitpress.errors import BitpressError
+from bitpress.ranks import Ranks
 
 # Columns of a panel of the Gram product: wide enough for the matrix kernel, narrow enough to skip nearly half.
 PANEL = 192
@@ -180,6 +181,20 @@ class InputStatistics:
         if self._high is not None and other._high is not None:
             torch.maximum(self._high, other._high, out=self._high)
 
+    def merge_over(self, ranks: Ranks, rows: int, held_out_rows: int) -> None:
+        """Take in what all ranks saw; the statistics of each are one of those that :func:`merge_all` pairs.
+
+        Args:
+            ranks: the ranks.
+            rows: of all of them.
+            held_out_rows: of all of them.
+        """
+        self.rows, self.held_out_rows = rows, held_out_rows
+        panels = [panel for t in (self._lower, self._held_out) if t is not None for panel in _panels(t)]
+        ranks.sum([*panels, *(t for t in (self._drift, self._sum) if t is not None)])
+        ranks.greatest([t for t in (self._max, self._high) if t is not None])
+        ranks.least([t for t in (self._low,) if t is not None])
+
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
         kept = (self._lower, self._sum, self._max, self._low, self._drift)
@@ -202,6 +217,50 @@ def pooled(parts: Sequence[InputStatistics]) -> InputStatistics:
     for part in parts[1:]:
         whole.merge(part)
     return whole
+
+
+def merge_all(statistics: dict[str, InputStatistics], ranks: Ranks, device: Callable[[str], torch.device]) -> None:
+    """Make of each rank's statistics those of all ranks, in place.
+
+    Layers that share their input on every rank share the object. A layer that ran on some ranks only has statistics on
+    all of them afterwards.
+
+    Args:
+        statistics: by the layer's name.
+        ranks: the ranks.
+        device: where the statistics of a layer belong, by its name.
+    """
+    if ranks.size == 1:
+        return
+    own = list({id(each): each for each in statistics.values()}.values())
+    numbers = {id(each): number for number, each in enumerate(own)}
+    kinds = [[each.features, each.wanted.value, each.rows, each.held_out_rows] for each in own]
+    notes = [r.note for r in ranks.gather(note=[{n: numbers[id(s)] for n, s in statistics.items()}, kinds])]
+    names = dict.fromkeys(name for numbers_of, _ in notes for name in numbers_of)
+    shared: dict[tuple[int | None, ...], InputStatistics] = {}
+    taken: set[int] = set()
+    for name in names:
+        key = tuple(numbers_of.get(name) for numbers_of, _ in notes)
+        if key not in shared:
+            number = key[ranks.rank]
+            if number is None:
+                features, wanted, _, _ = next(k[i] for i, (_, k) in zip(key, notes, strict=True) if i is not None)
+                shared[key] = InputStatistics(features, Statistic(wanted), device(name))
+            else:
+                # What another rank tells apart is told apart here.
+                shared[key] = own[number].clone() if number in taken else own[number]
+                taken.add(number)
+        statistics.pop(name, None)
+        statistics[name] = shared[key]
+    for key, each in shared.items():
+        of_ranks = [k[i] for i, (_, k) in zip(key, notes, strict=True) if i is not None]
+        each.merge_over(ranks, *(sum(counts) for counts in zip(*(k[2:] for k in of_ranks), strict=True)))
+
+
+def _panels(lower: Tensor) -> list[Tensor]:
+    """What is kept of a symmetric matrix."""
+    stops = [min(start + PANEL, len(lower)) for start in range(0, len(lower), PANEL)]
+    return [lower[start:stop, :stop] for start, stop in zip(range(0, len(lower), PANEL), stops, strict=True)]
 
 
 def _add_gram(lower: Tensor, x: Tensor) -> None:
