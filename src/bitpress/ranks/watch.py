@@ -56,7 +56,7 @@ class Watch:
         if self._failure is not None:
             return self._error()
         if self._lost and self._rank:
-            return RankError(f"rank 0, or the process that started the ranks, is gone: {error}")
+            return RankError("rank 0 is gone, or the process that started the ranks")
         return RankError(f"the exchange with the other ranks failed: {error}")
 
     def fail(self, error: BaseException) -> None:
