@@ -20,10 +20,10 @@ SAMPLED_ROWS = 4
 # Rows are dealt out by so many at least: of fewer, calling the kernels would cost the most.
 UNIT = 32
 # What a value costs where it is worked on by itself, and in a matrix product, in nanoseconds on one core.
-BY_ITSELF = 1.0
-IN_PRODUCT = 1 / 40
+BY_ITSELF = 2.0
+IN_PRODUCT = 1 / 25
 # What calling kernels for a column costs.
-PER_COLUMN = 20_000
+PER_COLUMN = 60_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def factored_cost(columns: int, statistics: InputStatistics | None) -> Cost:
     rounding = rounding_cost(columns, statistics)
     if not is_known(statistics):
         return rounding
-    factor = IN_PRODUCT * columns**3 / 2 + PER_COLUMN * columns
+    factor = IN_PRODUCT * columns**3 + PER_COLUMN * columns
     return Cost(factor, rounding.per_row + 10 * BY_ITSELF * columns + IN_PRODUCT * columns * columns / 2)
 
 

@@ -98,7 +98,7 @@ def search_scales(
     feeding, channel = channel_map.unique(return_inverse=True)
     magnitude = _pool(mean_magnitude, channel)
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
-    weight_magnitude = _pool(_weight_magnitude(weights, layers), channel)
+    weight_magnitude = _pool(_weight_magnitude(weights, layers, ranks), channel)
     ratios, duos, candidates = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
     best, errors = _race(layers, weights, gram, candidates[:, channel], ranks)
     scales = torch.ones(int(feeding[-1]) + 1, device=gram.device)
@@ -113,19 +113,19 @@ def candidate_scales(
     exponents = [i / n_grid for i in range(n_grid)]
     ratios: list[float | None] = [None]
     duos = [False]
-    scales = [torch.ones_like(magnitude)]
+    scales = [torch.ones_like(magnitude).unsqueeze(0)]
     for duo in (False, True) if duo_scaling == "both" else (bool(duo_scaling),):
-        for ratio in exponents:
-            s = magnitude.pow(ratio)
-            if duo:
-                s = s / (weight_magnitude.pow(1 - ratio) + 1e-4)
-            s = s.clamp_(min=1e-4)
-            s = s / (s.max() * s.min()).sqrt()
-            # A channel that is never active, or a weight that is all zero, gives no usable scale.
-            scales.append(torch.where(s.isfinite() & (s > 0), s, 1.0))
-            ratios.append(ratio)
-            duos.append(duo)
-    return ratios, duos, torch.stack(scales)
+        r = torch.tensor(exponents, device=magnitude.device).unsqueeze(1)
+        s = magnitude.pow(r)
+        if duo:
+            s = s / (weight_magnitude.pow(1 - r) + 1e-4)
+        s = s.clamp_(min=1e-4)
+        s = s / (s.amax(1, keepdim=True) * s.amin(1, keepdim=True)).sqrt()
+        # A channel that is never active, or a weight that is all zero, gives no usable scale.
+        scales.append(torch.where(s.isfinite() & (s > 0), s, 1.0))
+        ratios += exponents
+        duos += [duo] * n_grid
+    return ratios, duos, torch.cat(scales)
 
 
 def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
@@ -137,12 +137,14 @@ def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
     )
 
 
-def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]) -> Tensor:
+def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight], ranks: Ranks) -> Tensor:
     """Mean over all rows of abs(W) relative to the greatest of its group: (in,), in [0, 1]."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    rows = 0
     for weight, layer in zip(weights, layers, strict=True):
-        absolute, block = weight.abs(), block_shape(layer.args)
+        mine, block = weight[ranks.part(0, len(weight), _height(layer))], block_shape(layer.args)
+        if not mine.numel():
+            continue
+        absolute = mine.abs()
         if block is None:
             view = group_view(absolute, layer.args)
             greatest = view.amax(dim=-1, keepdim=True)
@@ -151,8 +153,8 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
             greatest = spread(weight_ranges(absolute, layer.args)[1], absolute.shape, block).unsqueeze(1)
         relative = view / greatest.clamp_(min=torch.finfo(torch.float32).tiny)
         total += relative.flatten(1).sum(0)
-        rows += weight.shape[0]
-    return total / rows
+    ranks.sum([total])
+    return total / sum(map(len, weights))
 
 
 def _race(
@@ -167,7 +169,7 @@ def _race(
     ]
     rows = [torch.cat(parts) for parts in zip(*(r.tensors for r in ranks.gather(found)), strict=True)]
     untouched = sum(float(r.double().sum()) for r in rows)
-    weights = [weight[_order(layer, r)] for layer, weight, r in zip(layers, weights, rows, strict=True)]
+    orders = [_order(layer, r) for layer, r in zip(layers, rows, strict=True)]
     parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
     alive = list(range(1, len(scales)))
     errors = torch.zeros(len(scales), dtype=torch.float64)
@@ -177,11 +179,11 @@ def _race(
         if until == seen:
             continue  # few rows: no more is known than after the round before
         sums = torch.zeros(len(alive), dtype=torch.float64)
-        for layer, weight in zip(layers, weights, strict=True):
+        for layer, weight, order in zip(layers, weights, orders, strict=True):
             height = _height(layer)
             first, last = (height * (-(-weight.shape[0] // height) * part // parts) for part in (seen, until))
             part = ranks.part(first, min(last, len(weight)), height)
-            sums += row_errors(layer, weight, part, gram, scales[alive], peaks).double().sum(1).cpu()
+            sums += row_errors(layer, weight, order[part], gram, scales[alive], peaks).double().sum(1).cpu()
         ranks.sum([sums])
         errors[alive] += sums
         seen = until
@@ -227,14 +229,15 @@ def row_errors(
 
     ``peaks`` are those of :func:`column_peaks`, from which a candidate's global scale follows.
     """
-    errors = weight.new_empty(len(scales), len(weight[rows]))
+    chosen_rows = weight[rows]
+    errors = weight.new_empty(len(scales), len(chosen_rows))
     if not errors.numel():
         return errors
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
     globals_ = [_global_scale(layer, s, peaks) for s in scales]
     height = _height(layer)
     done = 0
-    for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
+    for part in chosen_rows.split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
         buffer = part.new_empty(min(CANDIDATES, len(scales)), *part.shape)
         scratch = torch.empty_like(part)
         for first in range(0, len(scales), CANDIDATES):

@@ -56,6 +56,7 @@ class InputStatistics:
         self._low = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._high = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._drift = _zeros(wanted & Statistic.DRIFT, (features, features), device)
+        self._mirrored: set[int] = set()
 
     @torch.no_grad()
     def update(self, x: Tensor, *, held_out: bool = False) -> None:
@@ -67,6 +68,7 @@ class InputStatistics:
         self.rows += x.shape[0]
         if not x.shape[0]:
             return
+        self._mirrored.clear()
         if self._lower is not None:
             _add_gram(self._lower, x)
         if self._held_out is not None and held_out:
@@ -112,12 +114,12 @@ class InputStatistics:
     @property
     def gram(self) -> Tensor:
         """``H = X^T X``, (in, in), float32, in squared units of the activation, summed over rows."""
-        return _mirrored(self._needed(self._lower, Statistic.GRAM))
+        return self._whole(self._needed(self._lower, Statistic.GRAM))
 
     @property
     def held_out_gram(self) -> Tensor:
         """The share of the held-out rows in :attr:`gram`: what is fitted without them has ``gram - held_out_gram``."""
-        return _mirrored(self._needed(self._held_out, Statistic.HELD_OUT))
+        return self._whole(self._needed(self._held_out, Statistic.HELD_OUT))
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -164,6 +166,7 @@ class InputStatistics:
                 f"statistics of {self.features} columns ({self.wanted}) do not merge with "
                 f"those of {other.features} ({other.wanted})."
             )
+        self._mirrored.clear()
         self.rows += other.rows
         self.held_out_rows += other.held_out_rows
         if self._lower is not None and other._lower is not None:
@@ -189,6 +192,7 @@ class InputStatistics:
             rows: of all of them.
             held_out_rows: of all of them.
         """
+        self._mirrored.clear()
         self.rows, self.held_out_rows = rows, held_out_rows
         panels = [panel for t in (self._lower, self._held_out) if t is not None for panel in _panels(t)]
         ranks.sum([*panels, *(t for t in (self._drift, self._sum) if t is not None)])
@@ -202,6 +206,13 @@ class InputStatistics:
         copy = InputStatistics(self.features, self.wanted, device)
         copy.merge(self)
         return copy
+
+    def _whole(self, lower: Tensor) -> Tensor:
+        """With what is above the diagonal, once after each change of what is below."""
+        if id(lower) not in self._mirrored:
+            _mirror(lower)
+            self._mirrored.add(id(lower))
+        return lower
 
     def _needed(self, kept: Tensor | None, name: Statistic) -> Tensor:
         if kept is None:
@@ -270,12 +281,11 @@ def _add_gram(lower: Tensor, x: Tensor) -> None:
         lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
-def _mirrored(lower: Tensor) -> Tensor:
-    """The panels above the diagonal from those below, in place: cheap, and idempotent."""
+def _mirror(lower: Tensor) -> None:
+    """The panels above the diagonal from those below, in place."""
     for start in range(0, len(lower), PANEL):
         stop = min(start + PANEL, len(lower))
         lower[start:stop, stop:] = lower[stop:, start:stop].T
-    return lower
 
 
 def _zeros(wanted: Statistic, shape: tuple[int, ...], device: torch.device | str) -> Tensor | None:
