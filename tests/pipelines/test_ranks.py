@@ -145,6 +145,7 @@ class Watching(QuantizationModifier):
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_statistics_are_those_of_one_process(size):
     """Held-out batches are chosen by their numbers, wherever they are."""
+
     def seen(size):
         recipes = [[quantizing(Watching, bits=8)] for _ in range(size)]
         models = [tiny.llama() for _ in range(size)]

@@ -70,7 +70,10 @@ def test_all_get_what_each_has_found(size):
         found = share_out(
             ranks, own, lambda pieces: [Found([matrices[i][a:b] * 2], {"first": a}) for i, a, b in pieces]
         )
-        return {i: (torch.cat([f.tensors[0] for f in parts]), [f.note["first"] for f in parts]) for i, parts in found.items()}
+        return {
+            i: (torch.cat([f.tensors[0] for f in parts]), [f.note["first"] for f in parts])
+            for i, parts in found.items()
+        }
 
     for found in gang.in_step(size, work):
         assert list(found) == [0, 1, 2]

@@ -146,7 +146,9 @@ class AWQModifier(QuantizationModifier):
         else:
             costs = [sum(weight_matrix(layer).numel() for layer in layers.values()) for _, layers, _ in known]
             works = [Work((i,), (1,), per_row=cost) for i, cost in enumerate(costs)]
-            parts = share_out(state.ranks, works, lambda own: [self._search(state, *known[p.index], ALONE) for p in own])
+            parts = share_out(
+                state.ranks, works, lambda own: [self._search(state, *known[p.index], ALONE) for p in own]
+            )
             solved = [found for of_mapping in parts.values() for found in of_mapping]
         for (mapping, _, _), found in zip(known, solved, strict=True):
             apply(state, mapping, found.tensors[0])

@@ -58,6 +58,7 @@ from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
 
+
 class QuantizationModifier(AllocatingModifier):
     """Quantize the weights of linear layers, each value to the nearest point of its grid.
 

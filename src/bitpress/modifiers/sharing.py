@@ -122,7 +122,9 @@ def joined_figures(parts: Sequence[Found]) -> dict[str, Any]:
     """What the report says of a layer. The relative error is that of its output where the inputs are known."""
     sums = [sum(each) for each in zip(*(part.note["energies"] for part in parts), strict=True)]
     names = ("weight_error", "relative_error")
-    errors = {name: error / max(signal, 1e-30) for name, error, signal in zip(names, sums[::2], sums[1::2], strict=False)}
+    errors = {
+        name: error / max(signal, 1e-30) for name, error, signal in zip(names, sums[::2], sums[1::2], strict=False)
+    }
     return {**errors, **parts[0].note["figures"]}
 
 

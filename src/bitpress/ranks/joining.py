@@ -116,20 +116,25 @@ def _joined(*, own: bool) -> tuple[Any, Any]:
 
 
 class _Said(logging.Handler):
-    """Keeps what is said, so that each thing is said once."""
+    """Keeps what is said, so that each thing is said once; ``aloud`` where nobody else would say it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool) -> None:
         super().__init__(logging.WARNING)
         self.records: list[tuple[str, int, str]] = []
+        self._aloud = aloud
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append((record.name, record.levelno, record.getMessage()))
+        # Python's last resort, which a handler, this one, would put out of work.
+        if self._aloud and logging.lastResort is not None:
+            logging.lastResort.handle(record)
 
 
 @contextmanager
 def _one_voice(ranks: Ranks) -> Iterator[None]:
     """Rank 0 warns; what only others have to say it says at the end."""
-    logger, said = logging.getLogger("bitpress"), _Said()
+    logger = logging.getLogger("bitpress")
+    said = _Said(aloud=ranks.is_first and not logger.hasHandlers())
     propagate, handlers = logger.propagate, list(logger.handlers)
     logger.addHandler(said)
     if not ranks.is_first:
