@@ -1,7 +1,7 @@
 """How much faster several ranks are than one: the same task, one thread for each rank.
 
-Seconds are those of oneshot, from the loaded model to the compressed one, and of its phases on rank 0; cpu_seconds are the
-processor's, of each rank, so that what every rank does for itself shows even on a busy machine.
+Seconds are those of oneshot, from the loaded model to the compressed one, and of its phases. cpu_seconds are the
+processor's: what every rank does for itself shows there even on a busy machine, as far as that does not slow it down.
 """
 
 import json

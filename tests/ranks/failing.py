@@ -32,7 +32,8 @@ def main():
         oneshot(model, token_ids(5), recipe, num_calibration_samples=5)
     except BitpressError as error:
         tiny.assert_unchanged(model, before)
-        print(json.dumps({"error": type(error).__name__, "message": str(error), "model as it was": True}), flush=True)
+        said = {"error": type(error).__name__, "message": str(error), "model as it was": True}
+        sys.stdout.write(json.dumps(said) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_every_row_is_dealt_once_in_whole_units(given_works, size):
     assert len(dealt) == size
     for work in given_works:
         for index, rows in zip(work.indices, work.rows, strict=True):
-            pieces = [p for of_rank in dealt for p in of_rank if p.index == index]
+            pieces = [p for of_rank in dealt for p in of_rank if p.matrix == index]
             assert [r for _, start, stop in pieces for r in range(start, stop)] == list(range(rows))
             assert all(start % (work.height or rows) == 0 for _, start, _ in pieces)
 

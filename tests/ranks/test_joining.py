@@ -65,7 +65,12 @@ def test_ranks_of_torchrun_end_with_the_same_model_and_one_checkpoint(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(
-        [*launcher, str(TOGETHER), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, str(TOGETHER), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -88,7 +88,7 @@ def main(folder):
     if os.environ["RANK"] == "0":
         for name, place in (("reloaded", "out"), ("saved by itself", "by itself")):
             row[name] = digest(saved) if same_logits(saved, folder / place) else "other logits"
-    print(json.dumps(row), flush=True)
+    sys.stdout.write(json.dumps(row) + "\n")
 
 
 def same_logits(model, place):

@@ -121,7 +121,7 @@ class AWQModifier(QuantizationModifier):
         matrices = [weight_matrix(block.layers[name]) for name in names]
 
         def search(piece: Piece) -> Found:
-            name, rows = names[piece.index], matrices[piece.index][piece.start : piece.stop]
+            name, rows = names[piece.matrix], matrices[piece.matrix][piece.start : piece.stop]
             gram, whole = state.statistics[name].gram, state.global_scales.get(name)
             return Found([*search_parameters(rows, state.schemes[name].weights, gram, rows.dtype, whole)])
 
@@ -147,7 +147,7 @@ class AWQModifier(QuantizationModifier):
             costs = [sum(weight_matrix(layer).numel() for layer in layers.values()) for _, layers, _ in known]
             works = [Work((i,), (1,), per_row=cost) for i, cost in enumerate(costs)]
             parts = share_out(
-                state.ranks, works, lambda own: [self._search(state, *known[p.index], ALONE) for p in own]
+                state.ranks, works, lambda own: [self._search(state, *known[p.matrix], ALONE) for p in own]
             )
             solved = [found for of_mapping in parts.values() for found in of_mapping]
         for (mapping, _, _), found in zip(known, solved, strict=True):

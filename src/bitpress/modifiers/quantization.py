@@ -212,7 +212,7 @@ class QuantizationModifier(AllocatingModifier):
             check_finite(matrix, name)
 
         def solve(pieces: list[Piece]) -> list[Found]:
-            problems = [self._problem(state, names[p.index], matrices[p.index], p) for p in pieces]
+            problems = [self._problem(state, names[p.matrix], matrices[p.matrix], p) for p in pieces]
             return [found(p, q) for p, q in zip(problems, self.solve_all(problems), strict=True)]
 
         for index, parts in share_out(state.ranks, self._works(state, layers), solve).items():

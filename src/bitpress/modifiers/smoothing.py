@@ -69,7 +69,7 @@ def apart(state: State, mappings: Sequence[ResolvedMapping]) -> list[list[Resolv
     found: list[list[ResolvedMapping]] = []
     seen: set[str | int] = set()
     for mapping in mappings:
-        own = {mapping.smooth_name, *mapping.balance}
+        own: set[str | int] = {mapping.smooth_name, *mapping.balance}
         own |= {id(state.statistics[name]) for name in mapping.balance if name in state.statistics}
         if not found or own & seen:
             found.append([])

@@ -29,7 +29,7 @@ def check_same_start(state: State, data: CalibrationData | None) -> None:
         state.ranks.agree("the calibration data", [data.samples, data.tokens, batches])
 
 
-def _sample(tensor: Tensor) -> list[float]:
+def _sample(tensor: Tensor) -> list[int | str]:
     flat = tensor.detach().flatten()
     # As bits: NaN is not equal to itself.
     return [len(flat), repr(flat[:: max(1, len(flat) // SAMPLED)].double().tolist())]

@@ -35,7 +35,7 @@ class Work:
 class Piece(NamedTuple):
     """Some rows of a matrix."""
 
-    index: int
+    matrix: int
     start: int
     stop: int
 
@@ -86,7 +86,7 @@ def _filled(works: Sequence[tuple[Work, list[Piece]]], size: int, capacity: floa
 
 def _append(pieces: list[Piece], unit: Piece) -> None:
     """A unit that follows the last piece in one matrix becomes a part of it."""
-    if pieces and pieces[-1].index == unit.index and pieces[-1].stop == unit.start:
+    if pieces and pieces[-1].matrix == unit.matrix and pieces[-1].stop == unit.start:
         unit = pieces.pop()._replace(stop=unit.stop)
     pieces.append(unit)
 
@@ -121,5 +121,5 @@ def share_out(
     for pieces, received in zip(dealt, ranks.gather(tensors, notes), strict=True):
         stream = iter(received.tensors)
         for piece, (count, note) in zip(pieces, received.note, strict=True):
-            result[piece.index].append(Found([next(stream) for _ in range(count)], note))
+            result[piece.matrix].append(Found([next(stream) for _ in range(count)], note))
     return result

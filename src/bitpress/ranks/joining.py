@@ -96,23 +96,27 @@ def _are_many() -> bool:
 
 def _joined(*, own: bool) -> tuple[Any, Any]:
     """A store of our own, and a group whose exchanges nothing else takes part in."""
+    # Not every build of torch has them.
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
     global _runs  # noqa: PLW0603
     _runs += 1
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         if own:
-            store, rank, size = next(dist.rendezvous("env://", timeout=START))
+            store, rank, size = next(rendezvous("env://", timeout=START))
             store.set_timeout(START)
-            prefix = dist.PrefixStore(f"bitpress/group/{_runs}", store)
+            prefix = PrefixStore(f"bitpress/group/{_runs}", store)
             dist.init_process_group(backend, store=prefix, rank=rank, world_size=size, timeout=PATIENCE)
             group = dist.group.WORLD
         else:
-            store = dist.distributed_c10d._get_default_store()
+            store = _get_default_store()
             group = dist.new_group(backend=backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES)
         raise BitpressError(f"not all ranks could be joined ({where}): {error}") from error
-    return dist.PrefixStore(f"bitpress/watch/{_runs}", store), group
+    return PrefixStore(f"bitpress/watch/{_runs}", store), group
 
 
 class _Said(logging.Handler):
