@@ -55,6 +55,10 @@ def oneshot(  # noqa: PLR0913
     Everything is checked before anything is computed, and the model is changed only when all is solved: an error, or
     a keyboard interrupt, leaves it as it was.
 
+    Where torchrun has started several processes, all of them call it with the same arguments: they share the work out,
+    and end with the same model; the first writes ``output_dir``. A process that fails or dies ends the others with an
+    error that names it.
+
     Args:
         model: a module, changed in place; or the path or hub id of a transformers model.
         dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a

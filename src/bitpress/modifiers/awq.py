@@ -14,12 +14,12 @@ from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.observers import states_observer
 from bitpress.modifiers.quantization import QuantizationModifier
-from bitpress.modifiers.sharing import height, joined_rows
+from bitpress.modifiers.sharing import search_ranges
 from bitpress.modifiers.smoothing import apart, apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
-from bitpress.ranks import ALONE, Found, Piece, Ranks, Work, share_out
-from bitpress.solvers import search_parameters, search_scales
+from bitpress.ranks import ALONE, Found, Ranks, Work, share_out
+from bitpress.solvers import search_scales
 from bitpress.statistics import InputStatistics, Statistic, pooled
 
 DEFAULT_GROUP_SIZE = 128
@@ -117,21 +117,7 @@ class AWQModifier(QuantizationModifier):
 
     def _choose_ranges(self, state: State, block: Block) -> None:
         choose_global_scales(state, block)
-        names = [name for name, layer in block.layers.items() if self._clips(state, name, layer, block)]
-        matrices = [weight_matrix(block.layers[name]) for name in names]
-
-        def search(piece: Piece) -> Found:
-            name, rows = names[piece.matrix], matrices[piece.matrix][piece.start : piece.stop]
-            gram, whole = state.statistics[name].gram, state.global_scales.get(name)
-            return Found([*search_parameters(rows, state.schemes[name].weights, gram, rows.dtype, whole)])
-
-        works = [
-            Work((i,), (len(m),), height(state.schemes[n].weights, apart=True), per_row=m.shape[1])
-            for i, (n, m) in enumerate(zip(names, matrices, strict=True))
-        ]
-        for index, parts in share_out(state.ranks, works, lambda pieces: [search(p) for p in pieces]).items():
-            scale, zero_point = (joined_rows([part.tensors[i] for part in parts]) for i in range(2))
-            state.ranges[names[index]] = scale, zero_point
+        search_ranges(state, {n: layer for n, layer in block.layers.items() if self._clips(state, n, layer, block)})
 
     def _clips(self, state: State, name: str, layer: nn.Module, block: Block) -> bool:
         observed = states_observer(state.schemes[name].weights)

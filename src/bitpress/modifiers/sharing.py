@@ -1,18 +1,20 @@
 """How the layers of a block are shared out among ranks: what they cost, which rows stay together, what is exchanged."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
+from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizedWeight
 from bitpress.quantization.grid import block_shape
-from bitpress.ranks import Found, Piece
-from bitpress.solvers import output_error
+from bitpress.ranks import Found, Piece, Work, share_out
+from bitpress.solvers import output_error, search_parameters
 from bitpress.statistics import InputStatistics, Statistic
 
 # The report's errors are estimates from every so many rows of a weight: exact ones would cost a quarter of the search.
@@ -151,3 +153,21 @@ def _sampled(quantized: QuantizedWeight) -> Tensor:
     rows = slice(None, None, SAMPLED_ROWS)
     scale, zero_point = quantized.scale[rows], quantized.zero_point[rows]
     return replace(quantized, values=quantized.values[rows], scale=scale, zero_point=zero_point).dequantize()
+
+
+def search_ranges(state: State, layers: Mapping[str, nn.Module]) -> None:
+    """Search the ranges of layers whose inputs are known, into ``state.ranges``: the ranks share out the rows."""
+    names, matrices = list(layers), [weight_matrix(layer) for layer in layers.values()]
+
+    def search(piece: Piece) -> Found:
+        name, rows = names[piece.matrix], matrices[piece.matrix][piece.start : piece.stop]
+        gram, whole = state.statistics[name].gram, state.global_scales.get(name)
+        return Found([*search_parameters(rows, state.schemes[name].weights, gram, rows.dtype, whole)])
+
+    works = [
+        Work((i,), (len(m),), height(state.schemes[n].weights, apart=True), per_row=m.shape[1])
+        for i, (n, m) in enumerate(zip(names, matrices, strict=True))
+    ]
+    for index, parts in share_out(state.ranks, works, lambda pieces: [search(p) for p in pieces]).items():
+        scale, zero_point = (joined_rows([part.tensors[i] for part in parts]) for i in range(2))
+        state.ranges[names[index]] = scale, zero_point
