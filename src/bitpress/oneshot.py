@@ -17,6 +17,7 @@ from bitpress.checkpoints.source import CannotStreamError, open_source
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
+from bitpress.ranks import among_ranks, current
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
@@ -27,6 +28,7 @@ from bitpress.session.streaming import StreamedSession
 logger = logging.getLogger(__name__)
 
 
+@among_ranks
 def oneshot(  # noqa: PLR0913
     model: nn.Module | str | os.PathLike[str],
     dataset: Any = None,
@@ -61,6 +63,10 @@ def oneshot(  # noqa: PLR0913
 
     Everything is checked before anything is computed, and the model is changed only when all is solved: an error, or
     a keyboard interrupt, leaves it as it was.
+
+    Where torchrun has started several processes, all of them call it with the same arguments: they share the work out,
+    and end with the same model; the first writes ``output_dir``. A process that fails or dies ends the others with an
+    error that names it.
 
     Args:
         model: a module, changed in place; or the path or hub id of a transformers model.
@@ -141,13 +147,14 @@ def oneshot(  # noqa: PLR0913
         )
 
     companions = Companions(steps.to_yaml(), processor or tokenizer)
+    shown = progress if current().is_first else False
     if stream is not False:
         streamed = _start_streamed(
             model, steps, output, options, read_data, trust_remote_code_model, must=stream is True
         )
         if streamed is not None:
             path = output.check()
-            with progress_display(len(streamed.state.blocks), show=progress) as on_progress:
+            with progress_display(len(streamed.state.blocks), show=shown) as on_progress:
                 streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
             return streamed.model
     if not isinstance(model, nn.Module):
@@ -155,7 +162,7 @@ def oneshot(  # noqa: PLR0913
     output.check(needed=parameters_bytes(model))
     session = Session(model, steps, **options)
     session.start(read_data)
-    with progress_display(len(session.state.blocks), show=progress) as on_progress:
+    with progress_display(len(session.state.blocks), show=shown) as on_progress:
         session.run(on_progress)
     session.finalize()
     bind_save_pretrained(model, replace(companions, report=summarize(session, session.data)))
@@ -176,10 +183,12 @@ class _Destination:
         """See :func:`check_destination`; where nothing is written all is well."""
         if self.directory is None:
             return Path()
+        if not current().is_first:
+            return Path(self.directory)
         return check_destination(self.directory, overwrite=self.overwrite, needed=needed)
 
     def write(self, model: nn.Module) -> None:
-        if self.directory is None:
+        if self.directory is None or not current().is_first:
             return
         sharding = {"max_shard_size": self.max_shard_size} if hasattr(model, "save_pretrained") else {}
         save(model, self.directory, save_compressed=self.compressed, overwrite=self.overwrite, **sharding)

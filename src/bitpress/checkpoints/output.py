@@ -23,7 +23,7 @@ from bitpress.checkpoints.attached import (
     scheme_of,
 )
 from bitpress.checkpoints.changes import Changes, release_free_memory
-from bitpress.checkpoints.journal import Journal
+from bitpress.checkpoints.journal import CHECKSUMS, Journal
 from bitpress.checkpoints.layout import Layout, ShardWriter
 from bitpress.checkpoints.packed import KINDS
 from bitpress.checkpoints.saving import plan, warn_of_readers, write_quantization_config
@@ -88,6 +88,7 @@ class Output(Changes):
         self.stored_bytes = {name: each.nbytes(stored_format(schemes[name])) for name, each in packed.items()}
         self._packed_shapes = {name: _on_meta(each) for name, each in packed.items()}
         self._packed: dict[str, PackedWeight] = {}
+        self._journal: Journal | None = None
         count = saved.num_parameters()
         self.layout = Layout.of(tensors, max_shard_size=max_shard_size, total_parameters=count)
 
@@ -104,11 +105,15 @@ class Output(Changes):
         """
         self._draft, self._journal = draft, journal
         self._writer = ShardWriter(draft, self.layout)
-        journal.verify(self._writer)
+        self._entries = journal.verify(self._writer)
+
+    def follow(self, draft: Path, entries: dict[str, dict[str, Any]]) -> None:
+        """Instead of :meth:`start`, where another rank writes: take what an earlier run has solved from its files."""
+        self._draft, self._entries = draft, entries
 
     def notes(self, label: str) -> dict[str, Any] | None:
         """What :meth:`finish` noted of a block that an earlier run has finished; None of any other."""
-        entry = self._journal.entries.get(label)
+        entry = self._entries.get(label)
         return None if entry is None else entry["notes"]
 
     @contextmanager
@@ -126,6 +131,8 @@ class Output(Changes):
             activations: the tensors of its static activations, by the name of layer or attention.
             notes: what else is known of it, as JSON can hold it.
         """
+        if self._journal is None:
+            return
         for name, tensors in activations.items():
             module = find_layer(self._saved, name)
             register_activations(module, tensors, torch.empty(0, dtype=next(module.parameters()).dtype))
@@ -167,7 +174,11 @@ class Output(Changes):
     def _write(self, label: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         checksums = {name: self._writer.write(name, tensor) for name, tensor in tensors.items()}
         self._writer.sync()
-        self._journal.record(label, {"checksums": checksums, "notes": notes})
+        self._note(label, checksums, notes)
+
+    def _note(self, label: str, checksums: dict[str, str], notes: dict[str, Any]) -> None:
+        assert self._journal is not None, "only a rank that writes gets here"  # noqa: S101
+        self._journal.record(label, {CHECKSUMS: checksums, "notes": notes})
 
     def write_the_rest(self) -> None:
         """Write what is in no block: parameters, and tensors that no parameter is made of."""
@@ -182,7 +193,7 @@ class Output(Changes):
         for name in self.source.unclaimed:
             checksums[name] = self._writer.write(name, self.source.shards.read(name))
         self._writer.sync()
-        self._journal.record(OUTSIDE, {"checksums": checksums, "notes": {}})
+        self._note(OUTSIDE, checksums, {})
         missing = self._writer.missing()
         if missing:
             raise BitpressError(f"{missing[0]} was never written: use stream=False, and report this.")

@@ -31,6 +31,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
 from bitpress.quantization import PackedWeight, stored_format
 from bitpress.quantization.scales import ScaleKind, scale_kind
+from bitpress.ranks import is_first
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _save_pretrained(
     if args:
         names = ("is_main_process", "state_dict")
         options.update(zip(names, args, strict=False))
-    if not options.pop("is_main_process", True):
+    if not options.pop("is_main_process", is_first()):
         return
     path = save(model, save_directory, **options)
     if push_to_hub:

@@ -139,6 +139,8 @@ class AllocatingModifier(Modifier):
 
     def on_measured(self, state: State, measured: Measured) -> None:
         """Choose, and say what was chosen."""
+        # Every rank has measured the same; one of them decides.
+        self._growth = state.ranks.gather(note=self._growth)[0].note
         groups = [_options(state, group) for group in together(state, self.measured_layers(state))]
         costs = [self._costs(state, group, measured) for group in groups]
         for group, of_group in zip(groups, costs, strict=True):

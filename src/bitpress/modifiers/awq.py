@@ -1,5 +1,6 @@
 """AWQModifier: scale the channels that activations make important, so that quantization hurts them less."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from compressed_tensors.utils import is_match
@@ -13,13 +14,17 @@ from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.observers import states_observer
 from bitpress.modifiers.quantization import QuantizationModifier
-from bitpress.modifiers.smoothing import apply, as_mappings, balance_weights, find_proven, measured, record
+from bitpress.modifiers.sharing import search_ranges
+from bitpress.modifiers.smoothing import apart, apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
-from bitpress.solvers import search_parameters, search_scales
-from bitpress.statistics import Statistic, pooled
+from bitpress.ranks import ALONE, Found, Ranks, Work, share_out
+from bitpress.solvers import search_scales
+from bitpress.statistics import InputStatistics, Statistic, pooled
 
 DEFAULT_GROUP_SIZE = 128
+# So many mappings for each rank are shared out one by one: of fewer, each is shared out row by row.
+MAPPINGS_PER_RANK = 4
 
 
 class AWQModifier(QuantizationModifier):
@@ -100,8 +105,8 @@ class AWQModifier(QuantizationModifier):
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
-        for mapping in self._resolved[block.name]:
-            self._smooth(state, mapping)
+        for mappings in apart(state, self._resolved[block.name]):
+            self._smooth(state, mappings)
         if self.clip:
             self._choose_ranges(state, block)
         super().on_block(state, block)
@@ -112,19 +117,37 @@ class AWQModifier(QuantizationModifier):
 
     def _choose_ranges(self, state: State, block: Block) -> None:
         choose_global_scales(state, block)
-        for name, layer in block.layers.items():
-            statistics = state.statistics.get(name)
-            args = state.schemes[name].weights
-            if statistics is not None and not states_observer(args) and self._considers(name, layer, block):
-                matrix = weight_matrix(layer)
-                state.ranges[name] = search_parameters(
-                    matrix, args, statistics.gram, matrix.dtype, state.global_scales.get(name)
-                )
+        search_ranges(state, {n: layer for n, layer in block.layers.items() if self._clips(state, n, layer, block)})
 
-    def _smooth(self, state: State, mapping: ResolvedMapping) -> None:
-        layers, inputs = measured(state, mapping)
-        if not layers:
-            return
+    def _clips(self, state: State, name: str, layer: nn.Module, block: Block) -> bool:
+        observed = states_observer(state.schemes[name].weights)
+        return name in state.statistics and not observed and self._considers(name, layer, block)
+
+    def _smooth(self, state: State, mappings: Sequence[ResolvedMapping]) -> None:
+        """Smooth mappings that have nothing in common: many are shared out among ranks, few are searched by all."""
+        known = [(mapping, *measured(state, mapping)) for mapping in mappings]
+        known = [each for each in known if each[1]]
+        if state.ranks.size == 1 or len(known) < MAPPINGS_PER_RANK * state.ranks.size:
+            solved = [self._search(state, *each, state.ranks) for each in known]
+        else:
+            costs = [sum(weight_matrix(layer).numel() for layer in layers.values()) for _, layers, _ in known]
+            works = [Work((i,), (1,), per_row=cost) for i, cost in enumerate(costs)]
+            parts = share_out(
+                state.ranks, works, lambda own: [self._search(state, *known[p.matrix], ALONE) for p in own]
+            )
+            solved = [found for of_mapping in parts.values() for found in of_mapping]
+        for (mapping, _, _), found in zip(known, solved, strict=True):
+            apply(state, mapping, found.tensors[0])
+            record(state, mapping, **found.note)
+
+    def _search(
+        self,
+        state: State,
+        mapping: ResolvedMapping,
+        layers: dict[str, nn.Module],
+        inputs: list[InputStatistics],
+        ranks: Ranks,
+    ) -> Found:
         # Experts that have seen other tokens than their neighbours: the input's statistics are those of all.
         statistics = pooled(inputs)
         found = search_scales(
@@ -134,9 +157,10 @@ class AWQModifier(QuantizationModifier):
             channel_map=mapping.channel_map,
             n_grid=self.n_grid,
             duo_scaling=self.duo_scaling,
+            ranks=ranks,
         )
-        apply(state, mapping, found.scales)
-        record(state, mapping, ratio=found.ratio, duo=found.duo, error_before=found.error_before, error=found.error)
+        figures = {"ratio": found.ratio, "duo": found.duo, "error_before": found.error_before, "error": found.error}
+        return Found([found.scales], figures)
 
     def _considers(self, name: str, layer: nn.Module, block: Block) -> bool:
         stated = self.states_scheme or not {"targets", "ignore"} & self.model_fields_set

@@ -10,18 +10,19 @@ from torch import Tensor
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
 from bitpress.modifiers.fused import choose_global_scales
-from bitpress.modifiers.quantization import Problem, QuantizationModifier
+from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.sharing import UNIT, Cost, Problem, factored_cost, joined_rows, search_ranges
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizedWeight
+from bitpress.ranks import Found, Piece, Work, share_out
 from bitpress.solvers import (
     GPTQ,
     corrected_weight,
     gptq_together,
     output_error,
     refine_together,
-    search_parameters,
 )
-from bitpress.statistics import Statistic
+from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -83,27 +84,44 @@ class GPTQModifier(QuantizationModifier):
             statistics = state.statistics.get(name)
             if state.owners.get(name) is self and statistics is not None and statistics.drift.any():
                 sharing.setdefault(id(statistics), []).append(name)
-        for names in sharing.values():
-            matrices = [weight_matrix(block.layers[name]) for name in names]
-            statistics = state.statistics[names[0]]
-            whole = torch.cat(matrices)
-            found = corrected_weight(
-                whole, statistics.gram, statistics.drift, dampening=self.dampening_frac, strength=self.error_correction
-            )
-            for name, matrix, new in zip(names, matrices, found.split([len(m) for m in matrices]), strict=True):
+        groups = list(sharing.values())
+        wholes = [torch.cat([weight_matrix(block.layers[name]) for name in names]) for names in groups]
+
+        def correct(piece: Piece) -> Found:
+            rows, statistics = wholes[piece.matrix][piece.start : piece.stop], state.statistics[groups[piece.matrix][0]]
+            fields = {"dampening": self.dampening_frac, "strength": self.error_correction}
+            return Found([corrected_weight(rows, statistics.gram, statistics.drift, **fields)])
+
+        costs = [
+            self.cost(whole.shape[1], state.statistics[names[0]]) for whole, names in zip(wholes, groups, strict=True)
+        ]
+        works = [
+            Work((i,), (len(m),), UNIT, c.fixed, c.per_row) for i, (m, c) in enumerate(zip(wholes, costs, strict=True))
+        ]
+        for index, parts in share_out(state.ranks, works, lambda pieces: [correct(p) for p in pieces]).items():
+            matrices = [weight_matrix(block.layers[name]) for name in groups[index]]
+            gram, whole = state.statistics[groups[index][0]].gram, joined_rows([part.tensors[0] for part in parts])
+            for name, matrix, new in zip(groups[index], matrices, whole.split([len(m) for m in matrices]), strict=True):
                 before = matrix.float()
-                moved = output_error(new - before, statistics.gram) / max(output_error(before, statistics.gram), 1e-30)
+                moved = output_error(new - before, gram) / max(output_error(before, gram), 1e-30)
                 state.layer_records.setdefault(name, {})["correction"] = moved
                 matrix.copy_(new)
-        corrected = [name for names in sharing.values() for name in names]
+        corrected = [name for names in groups for name in names]
         if state.global_scales and corrected:
             state.global_scales = {}
             choose_global_scales(state, block)
-        for name in corrected:
-            if name in state.ranges:
-                matrix, gram = weight_matrix(block.layers[name]), state.statistics[name].gram
-                args, whole_scale = state.schemes[name].weights, state.global_scales.get(name)
-                state.ranges[name] = search_parameters(matrix, args, gram, matrix.dtype, whole_scale)
+        search_ranges(state, {name: block.layers[name] for name in corrected if name in state.ranges})
+
+    @property
+    def rows_apart(self) -> bool:
+        """See :attr:`QuantizationModifier.rows_apart`: but what judges a refinement is the error of the whole layer."""
+        own = type(self)
+        plain = own.solve_all is GPTQModifier.solve_all and own.solve is QuantizationModifier.solve
+        return plain and self.refine is None
+
+    def cost(self, columns: int, statistics: InputStatistics | None) -> Cost:
+        """See :meth:`QuantizationModifier.cost`: a factorization for all rows, and their columns in turn."""
+        return factored_cost(columns, statistics)
 
     def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
         """See :meth:`QuantizationModifier.solve_all`; a layer that did not run is rounded to nearest.

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -26,6 +25,16 @@ from bitpress.modifiers.allocation import AllocatingModifier
 from bitpress.modifiers.base import nearest
 from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.observers import observed_ranges, statistics_of_observer
+from bitpress.modifiers.sharing import (
+    Cost,
+    Problem,
+    found,
+    height,
+    joined_figures,
+    joined_weight,
+    rounding_cost,
+    rows_of,
+)
 from bitpress.modifiers.state import State
 from bitpress.modifiers.targeting import (
     check_scheme,
@@ -43,36 +52,11 @@ from bitpress.quantization import (
     preset_name_to_scheme,
     static_tensors,
 )
-from bitpress.solvers import check_finite, output_error, round_to_nearest
+from bitpress.ranks import Found, Piece, Work, share_out
+from bitpress.solvers import check_finite, round_to_nearest
 from bitpress.statistics import InputStatistics, Statistic
 
 logger = logging.getLogger(__name__)
-
-# The report's errors are estimates from every so many rows of a weight: exact ones would cost a quarter of the search.
-SAMPLED_ROWS = 4
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A layer that is to be quantized.
-
-    Attributes:
-        name: of the layer.
-        weight: (out, in): the layer's own, which the result is written to.
-        args: the scheme.
-        statistics: of its inputs, if it ran and a modifier asked for any.
-        ranges: scale and zero point that its observer or an earlier modifier chose, if one did.
-        global_scale: (1,), float32: what scales are relative to, where the scheme has one.
-        figures: what the report is to say of it; a solver may add to them.
-    """
-
-    name: str
-    weight: Tensor
-    args: QuantizationArgs
-    statistics: InputStatistics | None
-    ranges: tuple[Tensor, Tensor] | None
-    global_scale: Tensor | None
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class QuantizationModifier(AllocatingModifier):
@@ -222,19 +206,24 @@ class QuantizationModifier(AllocatingModifier):
     def on_block(self, state: State, block: Block) -> None:
         """Quantize the block's layers that are this modifier's."""
         choose_global_scales(state, block)
-        problems = [
-            self._problem(state, name, module)
-            for name, module in block.layers.items()
-            if state.owners.get(name) is self
-        ]
-        for problem, quantized in zip(problems, self.solve_all(problems), strict=True):
-            values = quantized.dequantize()
-            figures = _figures(problem.weight, values, quantized, problem.statistics)
-            state.layer_records.setdefault(problem.name, {}).update(figures | problem.figures)
-            problem.weight.copy_(values)
-            state.quantized[problem.name] = quantized
+        layers = {name: layer for name, layer in block.layers.items() if state.owners.get(name) is self}
+        names, matrices = list(layers), [weight_matrix(layer) for layer in layers.values()]
+        for name, matrix in zip(names, matrices, strict=True):
+            check_finite(matrix, name)
 
-    def solve_all(self, problems: Sequence["Problem"]) -> list[QuantizedWeight]:
+        def solve(pieces: list[Piece]) -> list[Found]:
+            problems = [self._problem(state, names[p.matrix], matrices[p.matrix], p) for p in pieces]
+            return [found(p, q) for p, q in zip(problems, self.solve_all(problems), strict=True)]
+
+        for index, parts in share_out(state.ranks, self._works(state, layers), solve).items():
+            name, matrix, args = names[index], matrices[index], state.schemes[names[index]].weights
+            quantized = joined_weight(parts, args)
+            figures = {"shape": tuple(matrix.shape), "bits": args.num_bits, **joined_figures(parts)}
+            state.layer_records.setdefault(name, {}).update(figures)
+            matrix.copy_(quantized.dequantize())
+            state.quantized[name] = quantized
+
+    def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
         """The quantized forms of a block's layers; a modifier that solves several together overrides this."""
         return [self.solve(p.weight, p.args, p.statistics, p.ranges, p.global_scale) for p in problems]
 
@@ -253,13 +242,39 @@ class QuantizationModifier(AllocatingModifier):
         """
         return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
-    def _problem(self, state: State, name: str, module: nn.Module) -> "Problem":
-        matrix = weight_matrix(module)
-        check_finite(matrix, name)
+    @property
+    def rows_apart(self) -> bool:
+        """True if each row of a weight is solved without the others, so that ranks can share a layer out."""
+        own = type(self)
+        return own.solve_all is QuantizationModifier.solve_all and own.solve is QuantizationModifier.solve
+
+    def cost(self, columns: int, statistics: InputStatistics | None) -> Cost:
+        """What solving weights of so many columns takes, by which layers are dealt out to ranks."""
+        return rounding_cost(columns, statistics)
+
+    def _works(self, state: State, layers: dict[str, nn.Module]) -> list[Work]:
+        """Layers that share their input and their scheme are dealt out together, as far as that goes."""
+        together: dict[Any, list[int]] = {}
+        for index, name in enumerate(layers):
+            statistics, args = state.statistics.get(name), state.schemes[name].weights
+            key = (id(statistics), args.model_dump_json()) if statistics is not None else index
+            together.setdefault(key, []).append(index)
+        names = list(layers)
+        works = []
+        for indices in together.values():
+            matrices = [weight_matrix(layers[names[i]]) for i in indices]
+            cost = self.cost(matrices[0].shape[1], state.statistics.get(names[indices[0]]))
+            high = height(state.schemes[names[indices[0]]].weights, apart=self.rows_apart)
+            works.append(Work(tuple(indices), tuple(map(len, matrices)), high, cost.fixed, cost.per_row))
+        return works
+
+    def _problem(self, state: State, name: str, matrix: Tensor, piece: Piece) -> Problem:
         args, statistics = state.schemes[name].weights, state.statistics.get(name)
-        global_scale = state.global_scales.get(name)
-        ranges = observed_ranges(matrix, args, statistics, global_scale) or state.ranges.get(name)
-        return Problem(name, matrix, args, statistics, ranges, global_scale)
+        rows, global_scale = matrix[piece.start : piece.stop], state.global_scales.get(name)
+        ranges = observed_ranges(rows, args, statistics, global_scale)
+        if ranges is None:
+            ranges = rows_of(state.ranges.get(name), piece, args)
+        return Problem(name, rows, args, statistics, ranges, global_scale)
 
     def _check_patterns(self, model: nn.Module, groups: dict[str, QuantizationScheme]) -> None:
         modules = list(named_layers(model))
@@ -292,20 +307,3 @@ def _grid(state: State, name: str) -> QuantizationArgs | None:
         args: QuantizationArgs = state.attentions[tap.owner].args
         return args
     return state.schemes[tap.owner].output_activations
-
-
-def _figures(
-    before: Tensor, after: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
-) -> dict[str, Any]:
-    """What the report says of a layer. The relative error is that of its output where the inputs are known."""
-    sampled = before[::SAMPLED_ROWS].float()
-    delta = after[::SAMPLED_ROWS].float() - sampled
-    figures: dict[str, Any] = {
-        "shape": tuple(before.shape),
-        "bits": quantized.args.num_bits,
-        "weight_error": float(delta.square().sum() / sampled.square().sum().clamp(min=1e-30)),
-    }
-    if statistics is not None and statistics.rows and Statistic.GRAM in statistics.wanted:
-        gram = statistics.gram
-        figures["relative_error"] = output_error(delta, gram) / max(output_error(sampled, gram), 1e-30)
-    return figures

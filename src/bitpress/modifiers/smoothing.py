@@ -64,6 +64,21 @@ def measured(state: State, mapping: ResolvedMapping) -> tuple[dict[str, nn.Modul
     return {}, []
 
 
+def apart(state: State, mappings: Sequence[ResolvedMapping]) -> list[list[ResolvedMapping]]:
+    """The mappings in their order, parted where one has a layer, or statistics, in common with one before it."""
+    found: list[list[ResolvedMapping]] = []
+    seen: set[str | int] = set()
+    for mapping in mappings:
+        own: set[str | int] = {mapping.smooth_name, *mapping.balance}
+        own |= {id(state.statistics[name]) for name in mapping.balance if name in state.statistics}
+        if not found or own & seen:
+            found.append([])
+            seen = set()
+        found[-1].append(mapping)
+        seen |= own
+    return found
+
+
 def apply(state: State, mapping: ResolvedMapping, scales: Tensor) -> None:
     """Move ``scales`` (channels of the smooth layer,) over, and let the statistics follow.
 
@@ -74,6 +89,8 @@ def apply(state: State, mapping: ResolvedMapping, scales: Tensor) -> None:
     done = next((n for n in (mapping.smooth_name, *mapping.balance) if n in state.quantized), None)
     if done is not None:
         raise BitpressError(f"{done} is quantized before it is smoothed: put the modifier that smooths first.")
+    # What follows is exact to the bit: ranks that start from the same scales stay the same.
+    scales = state.ranks.from_first(scales)
     channel_map = mapping.channel_map.to(scales.device)
     at_inputs = scales[channel_map]
     # Channels that feed no balance layer (q and k of a fused projection) stay as they are.

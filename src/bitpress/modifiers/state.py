@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bitpress.models.blocks import Block
 from bitpress.models.taps import Tap
 from bitpress.quantization import QuantizationScheme, QuantizedWeight
+from bitpress.ranks import Ranks, current
 from bitpress.statistics import InputStatistics
 
 
@@ -91,6 +92,7 @@ class State:
         scratch: a directory for such files; None for the system's.
         min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
         few_tokens: the tokens that each such expert's layer saw, by name.
+        ranks: the processes that this one compresses the model with.
     """
 
     model: nn.Module
@@ -118,3 +120,4 @@ class State:
     scratch: Path | None = None
     min_expert_tokens: int = 0
     few_tokens: dict[str, int] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=current)

@@ -51,7 +51,8 @@ def run_basic(
 
 def _calibrate(state: State, collector: InputCollector, data: CalibrationData, on_progress: OnProgress) -> None:
     with collector.watching(), state.watch.phase("calibrate"):
-        for index, batch in enumerate(data.batches):
+        for index in state.ranks.mine(len(data.batches)):
+            batch = data.batches[index]
             on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
             with collector.batch(index, batch.mask(), held_out=is_held_out(index, len(data.batches))):
                 state.model(*batch.args, **batch.kwargs)

@@ -80,7 +80,8 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
         logger.info("distillation did not bring the held-out batches nearer to the original: scales stay as they were.")
     for name, values in best.items():
         scale = changes.packed[name].scale
-        tuned = (scale.float() * values.exp()).to(scale.dtype)
+        # Every rank has done the same; that it is the same to the bit one of them says.
+        tuned = state.ranks.from_first((scale.float() * values.exp()).to(scale.dtype))
         changes.packed[name] = replace(changes.packed[name], scale=tuned)
     state.distillation = {"tuned_layers": len(best), "held_out_batches": count, "held_out_loss": losses}
 

@@ -56,16 +56,17 @@ def run_sequential(
     """Solve the blocks in the order of their last calls; ``order`` is that of all calls in the dry run."""
     points = PausePoints(state.blocks)
     with points.installed():
-        forwards = [PausedForward(state.model, batch.args, batch.kwargs) for batch in data.batches]
+        mine = {index: data.batches[index] for index in state.ranks.mine(len(data.batches))}
+        forwards = {i: PausedForward(state.model, batch.args, batch.kwargs) for i, batch in mine.items()}
         # The first may write to what it is given.
-        own = [Call(batch.args, batch.kwargs).copy() for batch in data.batches if _compares(state, modifiers)]
-        originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in enumerate(own)}
+        own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if _compares(state, modifiers)}
+        originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in own.items()}
         masks = [b.mask() for b in data.batches]
         schedule = _Schedule(state, modifiers, points, forwards, originals, masks, changes, on_progress)
         try:
             schedule.run(order)
         finally:
-            for forward in (*forwards, *originals.values()):
+            for forward in (*forwards.values(), *originals.values()):
                 forward.stop()
             if schedule.spill is not None:
                 schedule.spill.close()
@@ -84,7 +85,7 @@ class _Schedule:
         state: State,
         modifiers: Sequence[Modifier],
         points: PausePoints,
-        forwards: Sequence[PausedForward],
+        forwards: dict[int, PausedForward],
         originals: dict[int, PausedForward],
         masks: Sequence[Tensor | None],
         changes: Changes,
@@ -110,7 +111,7 @@ class _Schedule:
             for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):
-            for index in range(len(self.forwards)):
+            for index in self.forwards:
                 for forward in self._of(index):
                     self._resume(forward)
                 self._rest(index)
@@ -134,8 +135,9 @@ class _Schedule:
 
         The plan of the rest is not changed by it; blocks that were solved already do not see these calls.
         """
-        while waiting := {f.at.name: f.at for f in self.forwards if f.at is not None and not left[f.at.name]}:
-            for name, block in waiting.items():
+        while waiting := self._waiting(left):
+            for name in waiting:
+                block = next(block for block in self.state.blocks if block.name == name)
                 with block.present():
                     if name in left:
                         self._propagate_originals(block)
@@ -170,9 +172,15 @@ class _Schedule:
         yield
         self._rest(index)
 
+    def _waiting(self, left: Counter[str]) -> list[str]:
+        """Names of the blocks that a batch of any rank waits for, but that are not called any more, by that batch."""
+        own = {i: f.at.name for i, f in self.forwards.items() if f.at is not None and not left[f.at.name]}
+        of_all = sorted(pair for received in self.state.ranks.gather(note=list(own.items())) for pair in received.note)
+        return list(dict.fromkeys(name for _, name in of_all))
+
     def _at(self, block: Block) -> list[int]:
         """Batches whose forward waits for this block; one that takes another way through the model waits elsewhere."""
-        return [i for i, forward in enumerate(self.forwards) if forward.at is block]
+        return [i for i, forward in self.forwards.items() if forward.at is block]
 
     def _calibrate(self, block: Block, collector: InputCollector, *, go_on: bool, solved: bool = False) -> None:
         """Run the block; ``go_on`` if these outputs are what the forwards get.
@@ -199,7 +207,7 @@ class _Schedule:
         forward, is_layer = self.forwards[index], block.name in block.layers
         # The block runs again on what it was given, unless this is what the forward gets.
         call = forward.waiting_for if go_on else forward.waiting_for.copy()
-        held_out = is_held_out(index, len(self.forwards))
+        held_out = is_held_out(index, len(self.masks))
         output = None
         with collector.batch(index, self.masks[index], output_needed=output_needed, held_out=held_out):
             if is_layer:
@@ -299,15 +307,17 @@ class _Schedule:
 
     def say_what_was_not_compared(self) -> None:
         """Warn once of what the original model's inputs are not known of."""
-        if self.lost:
+        notes = [r.note for r in self.state.ranks.gather(note=[self.lost, sorted(self.unpaired)])]
+        lost, unpaired = sum(n for n, _ in notes), {name for _, names in notes for name in names}
+        if lost:
             logger.warning(
                 "%d of %d calibration batches go another way through the compressed model than through the original: "
-                "from there on nothing of theirs is corrected.", self.lost, len(self.forwards),
+                "from there on nothing of theirs is corrected.", lost, len(self.masks),
             )  # fmt: skip
-        if self.unpaired:
+        if unpaired:
             logger.warning(
                 "%d layers (%s, ...) get tokens that the original model's router does not send them: "
-                "nothing of these is corrected.", len(self.unpaired), min(self.unpaired),
+                "nothing of these is corrected.", len(unpaired), min(unpaired),
             )  # fmt: skip
 
     def _say(self, block: Block, phase: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bitpress.models.blocks import Block
@@ -11,7 +12,7 @@ from bitpress.models.linears import in_features
 from bitpress.models.taps import Tap
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.experts import share_among_experts
-from bitpress.statistics import InputCollector, InputStatistics, Statistic
+from bitpress.statistics import InputCollector, InputStatistics, Statistic, merge_all
 
 HELD_OUT_OF = 8
 
@@ -79,7 +80,7 @@ def finish(
     state: State,
     modifiers: Sequence[Modifier],
     block: Block,
-    ranges: Mapping[str, InputStatistics],
+    ranges: dict[str, InputStatistics],
     before: Mapping[str, InputStatistics],
 ) -> None:
     """Tell every modifier that the block is solved.
@@ -91,6 +92,7 @@ def finish(
         ranges: of the block with its new weights.
         before: of its earlier calls, if it is called more than once per forward.
     """
+    _merge_over_ranks(state, block, ranges)
     for name, statistics in ranges.items():
         if name in before and Statistic.RANGE in before[name].wanted:
             statistics.widen(before[name])
@@ -100,7 +102,8 @@ def finish(
 
 
 def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics: dict[str, InputStatistics]) -> None:
-    """Let every modifier, in recipe order, solve the block."""
+    """Let every modifier, in recipe order, solve the block, from what all ranks have seen."""
+    _merge_over_ranks(state, block, statistics)
     state.statistics, few = share_among_experts(block, statistics, state.min_expert_tokens)
     state.few_tokens |= few
     state.ranges, state.global_scales = {}, {}
@@ -122,3 +125,13 @@ def take_notes(state: State, notes: Mapping[str, Any]) -> None:
     state.layer_records |= notes["layers"]
     state.mapping_records += notes["mappings"]
     state.few_tokens |= notes["few_tokens"]
+
+
+def _merge_over_ranks(state: State, block: Block, statistics: dict[str, InputStatistics]) -> None:
+    merge_all(statistics, state.ranks, lambda name: _device(watched(state, block)[name], state.model))
+
+
+def _device(layer: nn.Module, model: nn.Module) -> torch.device:
+    """Where a layer computes; a tap has no parameters, and is asked for the model's."""
+    parameters = (p for module in (layer, model) for p in module.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))

@@ -39,6 +39,11 @@ def summarize(session: Session, data: CalibrationData | None) -> dict[str, Any]:
         "quantized_layers": len(layers),
         "weight_bytes_before": before,
         "weight_bytes_after": sum(session.stored_bytes.values()),
+        **(
+            {"ranks": state.ranks.size, "exchanging_seconds": round(state.ranks.seconds, 3)}
+            if state.ranks.size > 1
+            else {}
+        ),
         **({"distillation": state.distillation} if state.distillation else {}),
         **({"allocations": state.allocations} if state.allocations else {}),
         "layers": layers,

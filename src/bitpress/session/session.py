@@ -25,6 +25,7 @@ from bitpress.pipelines.calibrating import calibrating
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
+from bitpress.pipelines.starting import check_same_start
 from bitpress.quantization import stored_format
 from bitpress.session.preflight import Needs, bytes_per_token, estimate, wanted_statistics
 from bitpress.session.recipe import Recipe, RecipeLike
@@ -208,6 +209,7 @@ class Session:
         """
         assert self.pipeline is not None  # noqa: S101
         self._changes = changes or Changes()
+        check_same_start(self.state, self.data)
         # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
         with calibrating(self.model, one_by_one=False):
             measure(self.state, self.recipe.modifiers, self.data, on_progress)

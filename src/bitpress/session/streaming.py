@@ -1,7 +1,7 @@
 """A session whose model stays on the disk: each block is read when it is its turn, solved, written and dropped."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -95,21 +95,36 @@ class StreamedSession(Session):
             summary: makes the report, when all is done.
             resume: False starts over.
         """
-        facts = self.facts(companions.recipe or "")
         self.state.scratch = path.parent
+        if not self.state.ranks.is_first:
+            self._follow(companions, on_progress, summary)
+            return
+        facts = self.facts(companions.recipe or "")
         with resumable_directory(path, facts, resume=resume) as (draft, journal):
             self.output.start(draft, journal)
             try:
-                self.run(on_progress, self.output)
+                self.state.ranks.gather(note=[str(draft), journal.entries])
+                self._solve(companions, on_progress, summary)
                 self.output.write_the_rest()
-                self.stored_bytes = self.output.stored_bytes
-                for modifier in self.recipe.modifiers:
-                    modifier.on_finalize(self.state)
                 self.output.write_config()
-                object.__setattr__(self.model, "bitpress", replace(companions, report=summary()))
                 write_companions(self.model, draft)
             finally:
                 self.output.close()
+        self.state.ranks.gather()
+
+    def _follow(self, companions: Companions, on_progress: OnProgress, summary: Callable[[], dict[str, Any]]) -> None:
+        """As :meth:`write`, on a rank that writes nothing: the first does."""
+        draft, entries = self.state.ranks.gather()[0].note
+        self.output.follow(Path(draft), entries)
+        self._solve(companions, on_progress, summary)
+        self.state.ranks.gather()
+
+    def _solve(self, companions: Companions, on_progress: OnProgress, summary: Callable[[], dict[str, Any]]) -> None:
+        self.run(on_progress, self.output)
+        self.stored_bytes = self.output.stored_bytes
+        for modifier in self.recipe.modifiers:
+            modifier.on_finalize(self.state)
+        object.__setattr__(self.model, "bitpress", replace(companions, report=summary()))
 
     def facts(self, recipe: str) -> dict[str, Any]:
         """All that decides the bytes of the checkpoint."""
@@ -123,6 +138,7 @@ class StreamedSession(Session):
             "blocks": [block.name for block in self.state.blocks],
             "max_shard_size": self._max_shard_size,
             "threads": torch.get_num_threads(),
+            "ranks": self.state.ranks.size,
             "versions": {name: version(name) for name in LIBRARIES},
         }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitpress.quantization.grid import SEARCH_CHUNK, beside, block_shape, group_view, off_grid, spread
 from bitpress.quantization.scales import affine_floats, global_scale_of, has_global_scale
+from bitpress.ranks import ALONE, Ranks
 from bitpress.solvers.ranges import weight_ranges
 
 # (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
@@ -76,6 +77,7 @@ def search_scales(
     channel_map: Tensor | None = None,
     n_grid: int = 20,
     duo_scaling: bool | Literal["both"] = True,
+    ranks: Ranks = ALONE,
 ) -> AWQ:
     """The scales of AWQ's family with the least squared error at the outputs of ``layers``.
 
@@ -87,6 +89,7 @@ def search_scales(
             (grouped-query attention); None if each has its own.
         n_grid: exponents that are tried, from 0 to 1 - 1/n_grid; 0 only measures.
         duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
+        ranks: those that share the search out, row by row; all of them are given the same and get the same.
     """
     weights = [layer.weight.float() for layer in layers]
     if channel_map is None:
@@ -95,9 +98,9 @@ def search_scales(
     feeding, channel = channel_map.unique(return_inverse=True)
     magnitude = _pool(mean_magnitude, channel)
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
-    weight_magnitude = _pool(_weight_magnitude(weights, layers), channel)
+    weight_magnitude = _pool(_weight_magnitude(weights, layers, ranks), channel)
     ratios, duos, candidates = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
-    best, errors = _race(layers, weights, gram, candidates[:, channel])
+    best, errors = _race(layers, weights, gram, candidates[:, channel], ranks)
     scales = torch.ones(int(feeding[-1]) + 1, device=gram.device)
     scales[feeding] = candidates[best]
     return AWQ(scales, ratios[best], duos[best], errors[best], errors[0])
@@ -110,19 +113,19 @@ def candidate_scales(
     exponents = [i / n_grid for i in range(n_grid)]
     ratios: list[float | None] = [None]
     duos = [False]
-    scales = [torch.ones_like(magnitude)]
+    scales = [torch.ones_like(magnitude).unsqueeze(0)]
     for duo in (False, True) if duo_scaling == "both" else (bool(duo_scaling),):
-        for ratio in exponents:
-            s = magnitude.pow(ratio)
-            if duo:
-                s = s / (weight_magnitude.pow(1 - ratio) + 1e-4)
-            s = s.clamp_(min=1e-4)
-            s = s / (s.max() * s.min()).sqrt()
-            # A channel that is never active, or a weight that is all zero, gives no usable scale.
-            scales.append(torch.where(s.isfinite() & (s > 0), s, 1.0))
-            ratios.append(ratio)
-            duos.append(duo)
-    return ratios, duos, torch.stack(scales)
+        r = torch.tensor(exponents, device=magnitude.device).unsqueeze(1)
+        s = magnitude.pow(r)
+        if duo:
+            s = s / (weight_magnitude.pow(1 - r) + 1e-4)
+        s = s.clamp_(min=1e-4)
+        s = s / (s.amax(1, keepdim=True) * s.amin(1, keepdim=True)).sqrt()
+        # A channel that is never active, or a weight that is all zero, gives no usable scale.
+        scales.append(torch.where(s.isfinite() & (s > 0), s, 1.0))
+        ratios += exponents
+        duos += [duo] * n_grid
+    return ratios, duos, torch.cat(scales)
 
 
 def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
@@ -134,12 +137,14 @@ def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
     )
 
 
-def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]) -> Tensor:
+def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight], ranks: Ranks) -> Tensor:
     """Mean over all rows of abs(W) relative to the greatest of its group: (in,), in [0, 1]."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    rows = 0
     for weight, layer in zip(weights, layers, strict=True):
-        absolute, block = weight.abs(), block_shape(layer.args)
+        mine, block = weight[ranks.part(0, len(weight), _height(layer))], block_shape(layer.args)
+        if not mine.numel():
+            continue
+        absolute = mine.abs()
         if block is None:
             view = group_view(absolute, layer.args)
             greatest = view.amax(dim=-1, keepdim=True)
@@ -148,21 +153,23 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
             greatest = spread(weight_ranges(absolute, layer.args)[1], absolute.shape, block).unsqueeze(1)
         relative = view / greatest.clamp_(min=torch.finfo(torch.float32).tiny)
         total += relative.flatten(1).sum(0)
-        rows += weight.shape[0]
-    return total / rows
+    ranks.sum([total])
+    return total / sum(map(len, weights))
 
 
 def _race(
-    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor
+    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor, ranks: Ranks
 ) -> tuple[int, dict[int, float]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
     peaks = column_peaks(layers, weights)
-    rows = [
-        row_errors(layer, weight, slice(None), gram, scales[:1], peaks)[0]
-        for layer, weight in zip(layers, weights, strict=True)
+    mine = [ranks.part(0, len(weight), _height(layer)) for layer, weight in zip(layers, weights, strict=True)]
+    found = [
+        row_errors(layer, weight, part, gram, scales[:1], peaks)[0]
+        for layer, weight, part in zip(layers, weights, mine, strict=True)
     ]
+    rows = [torch.cat(parts) for parts in zip(*(r.tensors for r in ranks.gather(found)), strict=True)]
     untouched = sum(float(r.double().sum()) for r in rows)
-    weights = [weight[_order(layer, r)] for layer, weight, r in zip(layers, weights, rows, strict=True)]
+    orders = [_order(layer, r) for layer, r in zip(layers, rows, strict=True)]
     parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
     alive = list(range(1, len(scales)))
     errors = torch.zeros(len(scales), dtype=torch.float64)
@@ -171,11 +178,14 @@ def _race(
         until = -(-stop * parts // PARTS)
         if until == seen:
             continue  # few rows: no more is known than after the round before
-        for layer, weight in zip(layers, weights, strict=True):
+        sums = torch.zeros(len(alive), dtype=torch.float64)
+        for layer, weight, order in zip(layers, weights, orders, strict=True):
             height = _height(layer)
             first, last = (height * (-(-weight.shape[0] // height) * part // parts) for part in (seen, until))
-            found = row_errors(layer, weight, slice(first, last), gram, scales[alive], peaks)
-            errors[alive] += found.double().sum(1).cpu()
+            part = ranks.part(first, min(last, len(weight)), height)
+            sums += row_errors(layer, weight, order[part], gram, scales[alive], peaks).double().sum(1).cpu()
+        ranks.sum([sums])
+        errors[alive] += sums
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
     best = alive[0] if alive else 0
@@ -219,12 +229,15 @@ def row_errors(
 
     ``peaks`` are those of :func:`column_peaks`, from which a candidate's global scale follows.
     """
-    errors = weight.new_empty(len(scales), len(weight[rows]))
+    chosen_rows = weight[rows]
+    errors = weight.new_empty(len(scales), len(chosen_rows))
+    if not errors.numel():
+        return errors
     whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
     globals_ = [_global_scale(layer, s, peaks) for s in scales]
     height = _height(layer)
     done = 0
-    for part in weight[rows].split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
+    for part in chosen_rows.split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
         buffer = part.new_empty(min(CANDIDATES, len(scales)), *part.shape)
         scratch = torch.empty_like(part)
         for first in range(0, len(scales), CANDIDATES):

@@ -17,6 +17,8 @@ from bitpress.solvers.ranges import minmax_parameters
 GROWTH = 10.0
 # Columns that are rounded one after the other; more are taken by halves.
 LEAF = 16
+# Columns of a triangular matrix that are inverted together.
+PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,22 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
         # With P the reversal of order and P H P = L L^T, the factor is P L^-1 P: one factorization, no inverse of H.
         lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
         if not failed and lower.isfinite().all():
-            identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            factor = _inverse(lower).flip(0, 1)
             if factor.isfinite().all():
                 return factor, used
         if not math.isfinite(added):
             return torch.eye(len(H), dtype=H.dtype, device=H.device), used
         used *= GROWTH
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of a lower triangular matrix: panel by panel, as above the diagonal there is nothing to solve for."""
+    inverse = torch.zeros_like(lower)
+    for start in range(0, len(lower), PANEL):
+        below = lower[start:, start:]
+        ones = torch.eye(len(below), min(PANEL, len(below)), dtype=lower.dtype, device=lower.device)
+        inverse[start:, start : start + PANEL] = torch.linalg.solve_triangular(below, ones, upper=False)
+    return inverse
 
 
 def dampened(gram: Tensor, dampening: float) -> Tensor:

@@ -8,12 +8,13 @@ the difference a change of the weight can make up for.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bitpress.errors import BitpressError
+from bitpress.ranks import Ranks
 
 # Columns of a panel of the Gram product: wide enough for the matrix kernel, narrow enough to skip nearly half.
 PANEL = 192
@@ -55,6 +56,7 @@ class InputStatistics:
         self._low = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._high = _zeros(wanted & Statistic.RANGE, (features,), device)
         self._drift = _zeros(wanted & Statistic.DRIFT, (features, features), device)
+        self._mirrored: set[int] = set()
 
     @torch.no_grad()
     def update(self, x: Tensor, *, held_out: bool = False) -> None:
@@ -66,6 +68,7 @@ class InputStatistics:
         self.rows += x.shape[0]
         if not x.shape[0]:
             return
+        self._mirrored.clear()
         if self._lower is not None:
             _add_gram(self._lower, x)
         if self._held_out is not None and held_out:
@@ -111,12 +114,12 @@ class InputStatistics:
     @property
     def gram(self) -> Tensor:
         """``H = X^T X``, (in, in), float32, in squared units of the activation, summed over rows."""
-        return _mirrored(self._needed(self._lower, Statistic.GRAM))
+        return self._whole(self._needed(self._lower, Statistic.GRAM))
 
     @property
     def held_out_gram(self) -> Tensor:
         """The share of the held-out rows in :attr:`gram`: what is fitted without them has ``gram - held_out_gram``."""
-        return _mirrored(self._needed(self._held_out, Statistic.HELD_OUT))
+        return self._whole(self._needed(self._held_out, Statistic.HELD_OUT))
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -163,6 +166,7 @@ class InputStatistics:
                 f"statistics of {self.features} columns ({self.wanted}) do not merge with "
                 f"those of {other.features} ({other.wanted})."
             )
+        self._mirrored.clear()
         self.rows += other.rows
         self.held_out_rows += other.held_out_rows
         if self._lower is not None and other._lower is not None:
@@ -180,6 +184,21 @@ class InputStatistics:
         if self._high is not None and other._high is not None:
             torch.maximum(self._high, other._high, out=self._high)
 
+    def merge_over(self, ranks: Ranks, rows: int, held_out_rows: int) -> None:
+        """Take in what all ranks saw; the statistics of each are one of those that :func:`merge_all` pairs.
+
+        Args:
+            ranks: the ranks.
+            rows: of all of them.
+            held_out_rows: of all of them.
+        """
+        self._mirrored.clear()
+        self.rows, self.held_out_rows = rows, held_out_rows
+        panels = [panel for t in (self._lower, self._held_out) if t is not None for panel in _panels(t)]
+        ranks.sum([*panels, *(t for t in (self._drift, self._sum) if t is not None)])
+        ranks.greatest([t for t in (self._max, self._high) if t is not None])
+        ranks.least([t for t in (self._low,) if t is not None])
+
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
         kept = (self._lower, self._sum, self._max, self._low, self._drift)
@@ -187,6 +206,13 @@ class InputStatistics:
         copy = InputStatistics(self.features, self.wanted, device)
         copy.merge(self)
         return copy
+
+    def _whole(self, lower: Tensor) -> Tensor:
+        """With what is above the diagonal, once after each change of what is below."""
+        if id(lower) not in self._mirrored:
+            _mirror(lower)
+            self._mirrored.add(id(lower))
+        return lower
 
     def _needed(self, kept: Tensor | None, name: Statistic) -> Tensor:
         if kept is None:
@@ -204,6 +230,50 @@ def pooled(parts: Sequence[InputStatistics]) -> InputStatistics:
     return whole
 
 
+def merge_all(statistics: dict[str, InputStatistics], ranks: Ranks, device: Callable[[str], torch.device]) -> None:
+    """Make of each rank's statistics those of all ranks, in place.
+
+    Layers that share their input on every rank share the object. A layer that ran on some ranks only has statistics on
+    all of them afterwards.
+
+    Args:
+        statistics: by the layer's name.
+        ranks: the ranks.
+        device: where the statistics of a layer belong, by its name.
+    """
+    if ranks.size == 1:
+        return
+    own = list({id(each): each for each in statistics.values()}.values())
+    numbers = {id(each): number for number, each in enumerate(own)}
+    kinds = [[each.features, each.wanted.value, each.rows, each.held_out_rows] for each in own]
+    notes = [r.note for r in ranks.gather(note=[{n: numbers[id(s)] for n, s in statistics.items()}, kinds])]
+    names = dict.fromkeys(name for numbers_of, _ in notes for name in numbers_of)
+    shared: dict[tuple[int | None, ...], InputStatistics] = {}
+    taken: set[int] = set()
+    for name in names:
+        key = tuple(numbers_of.get(name) for numbers_of, _ in notes)
+        if key not in shared:
+            number = key[ranks.rank]
+            if number is None:
+                features, wanted, _, _ = next(k[i] for i, (_, k) in zip(key, notes, strict=True) if i is not None)
+                shared[key] = InputStatistics(features, Statistic(wanted), device(name))
+            else:
+                # What another rank tells apart is told apart here.
+                shared[key] = own[number].clone() if number in taken else own[number]
+                taken.add(number)
+        statistics.pop(name, None)
+        statistics[name] = shared[key]
+    for key, each in shared.items():
+        of_ranks = [k[i] for i, (_, k) in zip(key, notes, strict=True) if i is not None]
+        each.merge_over(ranks, *(sum(counts) for counts in zip(*(k[2:] for k in of_ranks), strict=True)))
+
+
+def _panels(lower: Tensor) -> list[Tensor]:
+    """What is kept of a symmetric matrix."""
+    stops = [min(start + PANEL, len(lower)) for start in range(0, len(lower), PANEL)]
+    return [lower[start:stop, :stop] for start, stop in zip(range(0, len(lower), PANEL), stops, strict=True)]
+
+
 def _add_gram(lower: Tensor, x: Tensor) -> None:
     """Add ``x^T x`` to panels on and below the diagonal."""
     for start in range(0, len(lower), PANEL):
@@ -211,12 +281,11 @@ def _add_gram(lower: Tensor, x: Tensor) -> None:
         lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
-def _mirrored(lower: Tensor) -> Tensor:
-    """The panels above the diagonal from those below, in place: cheap, and idempotent."""
+def _mirror(lower: Tensor) -> None:
+    """The panels above the diagonal from those below, in place."""
     for start in range(0, len(lower), PANEL):
         stop = min(start + PANEL, len(lower))
         lower[start:stop, stop:] = lower[stop:, start:stop].T
-    return lower
 
 
 def _zeros(wanted: Statistic, shape: tuple[int, ...], device: torch.device | str) -> Tensor | None:
