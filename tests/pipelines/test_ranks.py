@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from bitpress import AWQModifier, BitpressError, DistillationModifier, GPTQModifier, QuantizationModifier
 from bitpress.modifiers import SmoothQuantModifier
 from bitpress.modifiers import awq as awq_modifier
-from bitpress.quantization import QuantizationArgs, QuantizationStrategy
+from bitpress.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from bitpress.statistics import Statistic
 
 INT8 = QuantizationArgs(num_bits=8, dynamic=False, strategy="tensor")
@@ -26,6 +26,11 @@ def activations():
     args = scheme(bits=8, strategy=QuantizationStrategy.CHANNEL, symmetric=True)
     group = args.model_copy(update={"input_activations": INT8, "output_activations": INT8})
     return QuantizationModifier(ignore=["lm_head"], config_groups={"g": group}, kv_cache_scheme=INT8)
+
+
+def blocks():
+    weights = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[16, 32])
+    return QuantizationScheme(targets=["Linear"], weights=weights)
 
 
 def observed(name):
@@ -49,7 +54,7 @@ RECIPES = {
     "smoothquant, static": lambda: [SmoothQuantModifier(smoothing_strength="search"), activations()],
     "observed": lambda: [observed("gram")],
     "global scales": lambda: [AWQModifier(), QuantizationModifier(ignore=["lm_head"], scheme="NVFP4A16")],
-    "blocks": lambda: [AWQModifier(), QuantizationModifier(ignore=["lm_head"], scheme="FP8_BLOCK")],
+    "blocks": lambda: [AWQModifier(), QuantizationModifier(ignore=["lm_head"], config_groups={"g": blocks()})],
     "distilled": lambda: [*rtn(), DistillationModifier()],
     "chosen": lambda: [
         QuantizationModifier(ignore=["lm_head"], choose_from=[scheme(bits=b) for b in (3, 4)], bits_per_weight=3.5)
