@@ -14,6 +14,7 @@ from bitpress.modifiers import (
     register_mappings,
 )
 from bitpress.oneshot import oneshot
+from bitpress.plan import plan
 from bitpress.session import Recipe
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "find_mappings",
     "load",
     "oneshot",
+    "plan",
     "register_mappings",
     "save",
 ]

@@ -33,6 +33,14 @@ def oneshot(  # noqa: PLR0913, PLR0917
     moe_calibrate_all_experts: Annotated[
         bool, typer.Option(help="Show every expert all tokens, or those that it is sent.")
     ] = True,
+    activations: Annotated[
+        str | None, typer.Option(help="Where waiting batches keep theirs: memory or disk; by default what fits.")
+    ] = None,
+    stream: Annotated[
+        bool | None, typer.Option(help="Never hold the model; by default wherever the recipe allows it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run was, or start over.")] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of the checkpoint.")] = "50GB",
     save_compressed: Annotated[bool, typer.Option(help="Packed weights, or dense ones.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a model in the output directory.")] = False,
     trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
@@ -50,6 +58,38 @@ def oneshot(  # noqa: PLR0913, PLR0917
         typer.echo(f"bitpress: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(str(output_dir))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Path or hub id of a transformers model.")],
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
+    arg: Annotated[list[str] | None, typer.Option(help="An argument of the recipe: NAME=VALUE. Repeatable.")] = None,
+    num_calibration_samples: Annotated[int, typer.Option(help="Sequences.")] = 512,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+    trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+) -> None:
+    """Say what compressing MODEL would need: memory by what takes it, and disk. Nothing is run or written."""
+    import json
+    from dataclasses import asdict
+
+    import bitpress as package
+    from bitpress.session.arguments import parse_assignments
+
+    try:
+        needs = package.plan(
+            model,
+            recipe,
+            recipe_args=parse_assignments(arg or []),
+            num_calibration_samples=num_calibration_samples,
+            max_seq_length=max_seq_length,
+            trust_remote_code_model=trust_remote_code_model,
+        )
+    except package.BitpressError as error:
+        typer.echo(f"bitpress: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps({**asdict(needs), "peak": needs.peak}, indent=2) if as_json else "\n".join(needs.lines()))
 
 
 @app.command()

@@ -2,14 +2,18 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
 from bitpress.checkpoints import bind_save_pretrained, check_destination, save
+from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.pretrained import load_named
 from bitpress.checkpoints.saving import Companions
+from bitpress.checkpoints.source import CannotStreamError, open_source
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
@@ -19,6 +23,7 @@ from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.session import parameters_bytes
+from bitpress.session.streaming import StreamedSession
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +49,13 @@ def oneshot(  # noqa: PLR0913
     sequential_targets: Sequence[str] | None = None,
     moe_calibrate_all_experts: bool = True,
     moe_min_tokens: int = MIN_TOKENS,
+    activations: Literal["memory", "disk"] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    stream: bool | None = None,
+    resume: bool = True,
     trust_remote_code_model: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -82,14 +91,22 @@ def oneshot(  # noqa: PLR0913
             those that the router sends it.
         moe_min_tokens: an expert that saw fewer tokens is solved from what all experts of its layer saw, and listed in
             the report.
+        activations: where batches that wait for their turn keep their activations: "memory" or "disk"; by default on
+            the disk where they would take more than a quarter of the free memory.
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         overwrite: replace a model that is in ``output_dir``.
+        max_shard_size: of a file in ``output_dir``, in bytes or as "5GB".
+        stream: never hold the model: read each block from the disk when it is its turn, and write it when it is solved.
+            By default whenever ``model`` is a name, ``output_dir`` is given and the recipe allows it; False loads the
+            model, True is an error where that is needed.
+        resume: of a streamed run that was interrupted or killed: go on where it was. False starts over.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
         progress: show it in the terminal; by default if there is one.
 
     Returns:
-        The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint.
+        The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint. Of a streamed run
+        the model without weights: they are in ``output_dir``.
 
     Raises:
         BitpressError: what is wrong, where, and the way out; nothing has been changed or written.
@@ -97,29 +114,25 @@ def oneshot(  # noqa: PLR0913
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
     steps = Recipe.of(recipe, recipe_args)
-    if output_dir is not None and current().is_first:
-        check_destination(output_dir, overwrite=overwrite)
-    if not isinstance(model, nn.Module):
-        if tokenizer is None and processor is None:
-            tokenizer = _find_tokenizer(model, trust_remote_code_model)
-        model = load_named(model, trust_remote_code=trust_remote_code_model)
+    output = _Destination(output_dir, save_compressed, overwrite, max_shard_size)
+    output.check()
+    if not isinstance(model, nn.Module) and tokenizer is None and processor is None:
+        tokenizer = _find_tokenizer(model, trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
-    if output_dir is not None and current().is_first:
-        check_destination(output_dir, overwrite=overwrite, needed=parameters_bytes(model))
-    session = Session(
-        model,
-        steps,
-        pipeline=pipeline,
-        sequential_targets=sequential_targets,
-        seed=seed,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        moe_min_tokens=moe_min_tokens,
-    )
-    session.check()
-    data: CalibrationData | None = None
-    if dataset is not None:
-        data = prepare(
+    options: dict[str, Any] = {
+        "pipeline": pipeline,
+        "sequential_targets": sequential_targets,
+        "seed": seed,
+        "moe_calibrate_all_experts": moe_calibrate_all_experts,
+        "moe_min_tokens": moe_min_tokens,
+        "activations": activations,
+    }
+
+    def read_data(of: nn.Module) -> CalibrationData | None:
+        if dataset is None:
+            return None
+        return prepare(
             dataset,
             tokenizer=tokenizer if tokenizer is not None else getattr(processor, "tokenizer", processor),
             num_calibration_samples=num_calibration_samples,
@@ -130,17 +143,92 @@ def oneshot(  # noqa: PLR0913
             shuffle_calibration_samples=shuffle_calibration_samples,
             seed=seed,
             concatenate_data=concatenate_data,
-            model=model,
+            model=of,
         )
-    session.initialize(data)
+
+    companions = Companions(steps.to_yaml(), processor or tokenizer)
+    if stream is not False:
+        streamed = _start_streamed(
+            model, steps, output, options, read_data, trust_remote_code_model, must=stream is True
+        )
+        if streamed is not None:
+            path = output.check()
+            with progress_display(len(streamed.state.blocks), show=progress) as on_progress:
+                streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
+            return streamed.model
+    if not isinstance(model, nn.Module):
+        model = load_named(model, trust_remote_code=trust_remote_code_model)
+    output.check(needed=parameters_bytes(model))
+    session = Session(model, steps, **options)
+    session.start(read_data)
     with progress_display(len(session.state.blocks), show=progress if current().is_first else False) as on_progress:
         session.run(on_progress)
     session.finalize()
-    report = summarize(session, data)
-    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report))
-    if output_dir is not None and current().is_first:
-        save(model, output_dir, save_compressed=save_compressed, overwrite=overwrite)
+    bind_save_pretrained(model, replace(companions, report=summarize(session, session.data)))
+    output.write(model)
     return model
+
+
+@dataclass(frozen=True)
+class _Destination:
+    """Where the checkpoint goes, if it is written, and how."""
+
+    directory: str | os.PathLike[str] | None
+    compressed: bool
+    overwrite: bool
+    max_shard_size: int | str
+
+    def check(self, needed: int = 0) -> Path:
+        """See :func:`check_destination`; where nothing is written all is well."""
+        if self.directory is None or not current().is_first:
+            return Path()
+        return check_destination(self.directory, overwrite=self.overwrite, needed=needed)
+
+    def write(self, model: nn.Module) -> None:
+        if self.directory is None or not current().is_first:
+            return
+        sharding = {"max_shard_size": self.max_shard_size} if hasattr(model, "save_pretrained") else {}
+        save(model, self.directory, save_compressed=self.compressed, overwrite=self.overwrite, **sharding)
+
+
+def _start_streamed(
+    model: Any,
+    steps: Recipe,
+    output: _Destination,
+    options: dict[str, Any],
+    read_data: Callable[[nn.Module], CalibrationData | None],
+    trust_remote_code: bool,
+    *,
+    must: bool,
+) -> StreamedSession | None:
+    """A session, ready to run, of a model that stays on the disk; None if it has to be loaded and ``must`` not stay.
+
+    Raises:
+        BitpressError: it must stay there, and cannot; or what :class:`Session` refuses.
+    """
+    possible = not isinstance(model, nn.Module) and output.directory is not None and output.compressed
+    if not possible or options["pipeline"] not in (None, "sequential"):
+        if must:
+            raise BitpressError(
+                "stream=True needs the path or hub id of a model, output_dir, save_compressed=True and the sequential "
+                "pipeline."
+            )
+        return None
+    if current().size > 1:
+        if must:
+            raise BitpressError("stream=True is for one process: several load the model as a whole.")
+        logger.info("Several processes share the work: each loads the model as a whole.")
+        return None
+    try:
+        source = open_source(model, trust_remote_code=trust_remote_code)
+        session = StreamedSession(source, steps, max_shard_size=output.max_shard_size, **options)
+        session.start(read_data)
+    except CannotStreamError as error:
+        if must:
+            raise
+        logger.info("%s The model is loaded as a whole.", error)
+        return None
+    return session
 
 
 def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
@@ -159,7 +247,7 @@ def _find_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> 
     """The tokenizer beside a model, or None."""
     try:
         return _loaded("AutoTokenizer", source, trust_remote_code)
-    except BitpressError as error:
+    except Exception as error:  # whatever a tokenizer's own code lacks: the data may need none
         logger.info("%s", error)
         return None
 

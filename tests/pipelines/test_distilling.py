@@ -160,3 +160,9 @@ def test_two_of_them_are_refused():
     session.check()
     with pytest.raises(BitpressError, match="two DistillationModifiers"):
         session.initialize(DATA)
+
+
+@pytest.mark.parametrize(("bits", "epochs"), [(8, 1), (4, 1), (3, 2), (2, 3)])
+def test_coarser_grids_are_tuned_longer(bits, epochs):
+    session = tiny.compress(tiny.llama(), [*rtn(bits=bits), DistillationModifier()], DATA)
+    assert session.state.tuning.epochs == epochs

@@ -48,7 +48,7 @@ def attach(
     module.register_buffer("weight_zero_point", weight.zero_point.to(device), persistent=False)
     if weight.global_scale is not None:
         module.register_buffer("weight_global_scale", weight.global_scale.to(device), persistent=False)
-    _register(module, activations or {}, weight_matrix(module))
+    register_activations(module, activations or {}, weight_matrix(module))
     if quantizes_activations(scheme) and not isinstance(module, ExpertLinear):
         set_forward_quantized(module)
 
@@ -61,11 +61,14 @@ def attach_attention(
     hook_attention(model, attention, queries=queries)
     attention.quantization_scheme = scheme
     attention.quantization_status = QuantizationStatus.DECOMPRESSED
-    _register(attention, states, next(attention.parameters()))
+    register_activations(attention, states, next(attention.parameters()))
 
 
-def _register(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor) -> None:
-    """Scales have the dtype of the weights, in whichever the model was loaded; only global ones are always float32."""
+def register_activations(module: nn.Module, tensors: Mapping[str, Tensor], like: Tensor) -> None:
+    """Give a layer or attention the tensors of its static activations.
+
+    Scales have the dtype of the weights, in whichever the model was loaded; only global ones are always float32.
+    """
     for kind, tensor in tensors.items():
         scale = kind.endswith("_scale") and not kind.endswith("_global_scale")
         module.register_buffer(kind, tensor.to(like.device, like.dtype if scale else tensor.dtype), persistent=False)

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,21 @@ class Changes:
         try:
             yield
             self._remember(parameters, saved, quantized)
-            _release_free_memory()
+            release_free_memory()
         finally:
             for name, p in parameters.items():
                 p.data.copy_(saved[name])
+
+    def notes(self, label: str) -> dict[str, Any] | None:  # noqa: ARG002
+        """What was noted of a block that needs no solving any more: here of none."""
+        return None
+
+    def restore(self, block: Block) -> dict[str, dict[str, Tensor]]:
+        """Give a block that needs no solving its new values; the tensors of its static activations are returned."""
+        raise NotImplementedError
+
+    def finish(self, block: Block, activations: Mapping[str, Mapping[str, Tensor]], notes: dict[str, Any]) -> None:
+        """All of the block is known: what :meth:`of` saw, its static activations, and notes for the report."""
 
     def _remember(
         self,
@@ -77,8 +89,8 @@ class Changes:
             find_layer(model, owner).get_parameter(parameter).data.copy_(value)
 
 
-def _release_free_memory() -> None:
-    """Give back what solving a block has freed: glibc would keep it, in holes between the packed weights."""
+def release_free_memory() -> None:
+    """Give the system back what a block has freed: glibc would keep it, in holes between the packed weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

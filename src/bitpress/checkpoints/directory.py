@@ -54,14 +54,36 @@ def whole_directory(path: Path) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield draft
-        _sync(draft)
-        if path.is_dir():
-            _replace(path, draft)
-        else:
-            draft.chmod(0o777 & ~_umask())
-            draft.rename(path)
+        take_place(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def draft_of(path: Path) -> Path:
+    """The draft of a run that can go on after an interrupt: always the same."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def take_place(draft: Path, path: Path) -> None:
+    """Give a draft its name, once all of it is on the disk. What else was in ``path`` (no model's files) is kept."""
+    _sync(draft)
+    if path.is_dir():
+        _replace(path, draft)
+    else:
+        draft.chmod(0o777 & ~_umask())
+        draft.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Return when the names of a directory's files are on the disk."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(path: Path, draft: Path) -> None:
@@ -90,6 +112,7 @@ def _sync(directory: Path) -> None:
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+    sync_directory(directory)
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +21,14 @@ from bitpress.checkpoints.attached import (
     attached_layers,
     packed_weight,
     scheme_of,
-    static_activations,
 )
-from bitpress.checkpoints.config import have_one_scheme, quantization_config
+from bitpress.checkpoints.config import quantization_config
 from bitpress.checkpoints.directory import check_destination, whole_directory
-from bitpress.checkpoints.experts import checkpoint_names, choose_packed, is_expert, stored_experts, tensor_names
+from bitpress.checkpoints.experts import stored_experts
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
+from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
-from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight, stored_format
 from bitpress.quantization.scales import ScaleKind, scale_kind
 from bitpress.ranks import is_first
@@ -89,7 +89,7 @@ def save(
             _write_transformers(model, draft, state, layers, packed, attentions, options)
         else:
             _write_plain(model, draft, state, layers, packed)
-        _write_companions(model, draft)
+        write_companions(model, draft)
     return path
 
 
@@ -146,43 +146,47 @@ def _write_transformers(
     attentions: dict[str, nn.Module],
     options: dict[str, Any],
 ) -> None:
-    read = _readable(model, layers, packed)
-    stored = stored_experts(model)
-    one_scheme = have_one_scheme([layer for layer in read.values() if is_expert(layer)])
-    apart, whole = choose_packed(stored, read, one_scheme=one_scheme)
-    read = {name: layer for name, layer in read.items() if not any(name in s.names for s in whole)}
-    names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
-    for name in [parameter for s in apart for parameter in s.parameters]:
+    stored, read = plan(model, state, layers, packed, attentions)
+    for name in [parameter for s in stored.apart for parameter in s.parameters]:
         del state[name]
     if not read and not attentions:
         type(model).save_pretrained(model, draft, state_dict=state, **options)
-    else:
-        linears = checkpoint_names(model, [name for name in read if name not in names]) | names
-        weights = {f"{name}.weight" for name in read}
-        dense = {name: tensor for name, tensor in state.items() if name not in weights}
-        # Where transformers puts a layer for each expert, it looks for a weight of each, dense or packed.
-        one_by_one = [s for s in whole if s.as_layers]
-        for name in [parameter for s in one_by_one for parameter in s.parameters]:
-            del dense[name]
-        stored_names = tensor_names(model, {name: tensor.dim() for name, tensor in dense.items()})
-        tensors = {stored_names[name]: tensor for name, tensor in dense.items()}
-        for s in one_by_one:
-            for name, stored_name in s.names.items():
-                tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
-        for name, stored_name in linears.items():
-            own = _stored_tensors(layers[name], packed[name])
-            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
-        for name, stored_name in checkpoint_names(model, list(attentions)).items():
-            own = static_activations(attentions[name])
-            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
-        type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
-        _warn_of_broken_pair(packed)
-        _warn_of_failing_load(model, read)
-        _warn_of_other_dtypes({name: packed[name] for name in read})
-        file = draft / CONFIG_FILE
-        config = json.loads(file.read_text())
-        config["quantization_config"] = quantization_config(model, read, apart, whole, attentions)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    tensors = stored.tensors(model, state, packed, attentions)
+    tensors |= {name: _of_its_own(tensors[name]) for name in stored.one_by_one}
+    type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
+    warn_of_readers(model, read, packed)
+    write_quantization_config(model, draft, read, stored, attentions)
+
+
+def plan(
+    model: Any,
+    state: Mapping[str, Tensor],
+    layers: dict[str, nn.Module],
+    packed: dict[str, PackedWeight],
+    attentions: dict[str, nn.Module],
+) -> tuple[Stored, dict[str, nn.Module]]:
+    """What the checkpoint will hold, and the layers that readers take packed; tensors may be on the meta device."""
+    read = _readable(model, layers, packed)
+    stored = Stored.of(model, {name: tensor.dim() for name, tensor in state.items()}, read, attentions)
+    return stored, {name: layer for name, layer in read.items() if name in stored.layers}
+
+
+def write_quantization_config(
+    model: Any, draft: Path, read: dict[str, nn.Module], stored: Stored, attentions: dict[str, nn.Module]
+) -> None:
+    """Add to the config in ``draft`` how the layers ``read`` and the attentions are quantized."""
+    file = draft / CONFIG_FILE
+    config = json.loads(file.read_text())
+    config["quantization_config"] = quantization_config(model, read, stored.apart, stored.whole, attentions)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def warn_of_readers(model: Any, read: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> None:
+    """Say which readers will not take what is saved."""
+    _warn_of_broken_pair(packed)
+    _warn_of_failing_load(model, read)
+    _warn_of_other_dtypes({name: packed[name] for name in read})
 
 
 def _readable(model: nn.Module, layers: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> dict[str, nn.Module]:
@@ -265,11 +269,6 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
-def _stored_tensors(layer: nn.Module, weight: PackedWeight) -> dict[str, Tensor]:
-    """All that a checkpoint holds of a quantized layer but its bias."""
-    return {**weight.tensors(stored_format(scheme_of(layer))), **static_activations(layer)}
-
-
 def _replace_weights(
     state: dict[str, Tensor], layers: dict[str, nn.Module], packed: dict[str, PackedWeight]
 ) -> dict[str, Tensor]:
@@ -277,12 +276,13 @@ def _replace_weights(
     weights = {f"{name}.weight" for name in packed}
     tensors = {name: tensor for name, tensor in state.items() if name not in weights}
     for name, weight in packed.items():
-        own = _stored_tensors(layers[name], weight)
+        own = stored_tensors(layers[name], weight)
         tensors |= {f"{name}.{kind}": t for kind, t in own.items()}
     return tensors
 
 
-def _write_companions(model: nn.Module, draft: Path) -> None:
+def write_companions(model: nn.Module, draft: Path) -> None:
+    """Write what belongs beside the weights to ``draft``."""
     companions: Companions | None = getattr(model, "bitpress", None)
     if companions is None:
         return

@@ -60,6 +60,7 @@ class Block:
         layers: the targeted layers in it, by their names in the model.
         calls: its calls in the dry run, in order; empty when there was none.
         first_output: what the first of these gave.
+        presence: see :meth:`present`; takes the block's name.
     """
 
     name: str
@@ -67,6 +68,11 @@ class Block:
     layers: dict[str, nn.Module]
     calls: list[Call] = field(default_factory=list)
     first_output: Any = None
+    presence: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+
+    def present(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` its parameters are there; those of a model in memory always are."""
+        return self.presence(self.name)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module of the block by its name in the model, the layers of fused experts too."""
@@ -147,7 +153,7 @@ def split(block: Block) -> list[Block]:
         name = f"{block.name}.{child}" if block.name else child
         layers = {n: m for n, m in block.layers.items() if n == name or n.startswith(f"{name}.")}
         if layers:
-            parts[name] = Block(name, module, layers)
+            parts[name] = Block(name, module, layers, presence=block.presence)
     # Experts that the module itself holds cannot be had apart from it.
     return list(parts.values()) if sum(len(part.layers) for part in parts.values()) == len(block.layers) else [block]
 

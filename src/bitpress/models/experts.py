@@ -37,14 +37,18 @@ class ExpertLinear(nn.Linear):
 
     def __init__(self, experts: "FusedExperts", projection: Projection, expert: int) -> None:
         nn.Module.__init__(self)
-        weight, bias = projection.matrix(experts.module, expert), projection.bias(experts.module, expert)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.expert = expert
         self.projection = projection
+        self.bind(experts.module)
+        self.out_features, self.in_features = self.weight.shape
         self.local = projection.of(expert)
         self.__dict__["experts"] = experts  # not a submodule: the module it is of holds this layer
+
+    def bind(self, module: nn.Module) -> None:
+        """Make the weight a view of the module's parameter."""
+        weight, bias = self.projection.matrix(module, self.expert), self.projection.bias(module, self.expert)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """See ``nn.Module``; the hook runs when the experts' own forward multiplies by this weight."""
@@ -98,6 +102,11 @@ class FusedExperts:
                 if (weight.data_ptr(), weight.dtype, weight.device) != (now.data_ptr(), now.dtype, now.device):
                     return False
         return True
+
+    def rebind(self) -> None:
+        """Make the layers views of what the module's parameters are now."""
+        for layer in self.layers.values():
+            layer.bind(self.module)
 
     def hooked(self) -> dict[str, ExpertLinear]:
         """The layers that have a forward pre-hook."""
@@ -177,6 +186,14 @@ def _carry_over(old: ExpertLinear, new: ExpertLinear) -> None:
             setattr(new, name, getattr(old, name))
     for name, buffer in old.named_buffers(recurse=False):
         new.register_buffer(name, buffer.to(new.weight.device), persistent=False)
+
+
+def rebind_experts(module: nn.Module) -> None:
+    """The layers of all fused experts in a module whose parameters have been replaced are views of the new ones."""
+    for each in module.modules():
+        known: FusedExperts | None = each.__dict__.get(ATTRIBUTE)
+        if known is not None:
+            known.rebind()
 
 
 def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

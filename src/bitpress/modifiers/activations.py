@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from compressed_tensors.utils import get_head_dim, get_num_attn_heads, get_num_kv_heads, is_match
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress.checkpoints.readers import is_read_by_its_parent
 from bitpress.errors import BitpressError
@@ -14,6 +15,7 @@ from bitpress.models.experts import ExpertLinear, find_layer
 from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.taps import OUTPUT, Tap, cached_attentions
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.state import State
 from bitpress.quantization import (
     QuantizationArgs,
     QuantizationScheme,
@@ -21,6 +23,7 @@ from bitpress.quantization import (
     check_activations,
     is_static,
     quantizes_activations,
+    static_tensors,
 )
 from bitpress.quantization.activations import OF_ATTENTION, check_groups
 
@@ -278,3 +281,21 @@ def check_measured(names: Sequence[str], modifier: Modifier, what: str) -> None:
             f"{type(modifier).__name__}: the scale of {names[0]}{more} is static, but {what}. Use dynamic=True, or "
             "ignore it."
         )
+
+
+def expected_activations(state: State) -> dict[str, dict[str, Tensor]]:
+    """The tensors of static activations as they will be, of any values, by the name of layer or attention."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, scheme in state.schemes.items():
+        if is_static(scheme.input_activations):
+            found.setdefault(name, {}).update(_any_tensors("input", scheme.input_activations, 1))
+    for tap in state.taps.values():
+        attention = state.attentions.get(tap.owner)
+        args = state.schemes[tap.owner].output_activations if attention is None else attention.args
+        if is_static(args):
+            found.setdefault(tap.owner, {}).update(_any_tensors(tap.base, args, tap.in_features))
+    return found
+
+
+def _any_tensors(base: str, args: Any, count: int) -> dict[str, Tensor]:
+    return static_tensors(base, -torch.ones(count), torch.ones(count), args, torch.float32)

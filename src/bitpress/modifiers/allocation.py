@@ -76,6 +76,11 @@ class AllocatingModifier(Modifier):
             raise ValueError("choose_from is empty: name the schemes to choose from")
         return self
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """See :attr:`Modifier.needs_whole_model`: gradients go through all of it."""
+        return self.choose_from is not None
+
     def groups(self) -> dict[str, QuantizationScheme]:
         """The candidates with their targets, by what the report calls them."""
         return {}

@@ -63,6 +63,11 @@ class Modifier(BaseModel):
         """True if it can say so where no other modifier of the recipe does."""
         return self.states_scheme
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """True if all weights must be there at once: then the model cannot stay on the disk."""
+        return False
+
     def resolve_schemes(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         """The layers that this modifier would quantize, by name, with their schemes; none by default.
 

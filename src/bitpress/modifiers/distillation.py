@@ -6,6 +6,9 @@ from bitpress.errors import BitpressError
 from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.state import State, Tuning
 
+# Bits of a grid that one epoch is enough for.
+ENOUGH_FOR_ONE = 4
+
 
 class DistillationModifier(Modifier):
     """Tune all scales together, end to end, once every block is solved.
@@ -22,7 +25,8 @@ class DistillationModifier(Modifier):
     activations are not simulated.
 
     Attributes:
-        epochs: passes over the calibration batches.
+        epochs: passes over the calibration batches; by default 1 for grids of 4 bits or more, 2 for 3 bits and 3 for 2:
+            what few samples teach is soon learned by heart, but coarser grids have more to learn.
         learning_rate: of Adam, for the factors' logarithms on a grid of 4 bits; greater on coarser ones, by as much
             as their steps are. It falls linearly to 0.
         held_out: the share of the batches that only judge.
@@ -30,10 +34,15 @@ class DistillationModifier(Modifier):
             blocks for one batch instead.
     """
 
-    epochs: int = Field(default=1, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.125, gt=0, lt=1)
     gradient_checkpointing: bool = True
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """See :attr:`Modifier.needs_whole_model`."""
+        return True
 
     def on_initialize(self, state: State) -> None:
         """Ask for the pass, if there is data for it."""
@@ -41,4 +50,6 @@ class DistillationModifier(Modifier):
             raise BitpressError("DistillationModifier needs calibration data, but no dataset was given.")
         if state.tuning is not None:
             raise BitpressError("the recipe has two DistillationModifiers: state one.")
-        state.tuning = Tuning(self.epochs, self.learning_rate, self.held_out, self.gradient_checkpointing)
+        coarsest = min((int(s.weights.num_bits) for s in state.schemes.values()), default=ENOUGH_FOR_ONE)
+        epochs = self.epochs or 1 + max(0, ENOUGH_FOR_ONE - coarsest)
+        state.tuning = Tuning(epochs, self.learning_rate, self.held_out, self.gradient_checkpointing)

@@ -15,6 +15,8 @@ from bitpress.models.proofs import Claim, Proof, Prover
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping, registered_mappings, resolve_mapping, why_excluded
 
 Considers = Callable[[str, nn.Module, Block], bool]
+# A block of a kind, its mappings, and its layers without one.
+_Kind = tuple[str, list[ResolvedMapping], list[Left]]
 
 
 @dataclass
@@ -94,26 +96,33 @@ def _discovered(blocks: Sequence[Block], considers: Considers, seed: int) -> Res
     """Mappings found by running each kind of block once; its other blocks have them proven only."""
     resolution = Resolution({block.name: [] for block in blocks}, kinds=_kinds(blocks))
     resolution.left = {b.name: [Left(tuple(b.layers), "its block did not run in the dry run")] for b in blocks}
-    known: dict[int, tuple[str, list[ResolvedMapping], list[Left]]] = {}
+    known: dict[int, _Kind] = {}
     for block in blocks:
-        if not block.calls:
-            continue
-        kind = resolution.kinds[block.name]
-        source, of_kind, left = known.get(kind, ("", [], []))
-        modules = dict(block.named_modules())
-        mappings = [mapping.moved(source, block, modules) for mapping in of_kind]
-        claims = [m.claim() for m in mappings]
-        if kind in known:
-            left = [Left(tuple(block.name + n.removeprefix(source) for n in x.layers), x.why) for x in left]
-        if kind not in known or (claims and not Prover(block, seed).prove_together(claims).holds):
-            findings = discover(block, seed)
-            mappings, left = [ResolvedMapping.discovered(f, modules) for f in findings.found], findings.left
-            known[kind] = (block.name, mappings, left)
-        resolution.left[block.name] = left
-        resolution.mappings[block.name] = [
-            m for m in mappings if any(considers(n, layer, block) for n, layer in m.balance.items())
-        ]
+        if block.calls:
+            with block.present():
+                mappings, left = _discover_in(block, known, resolution.kinds[block.name], seed)
+            resolution.left[block.name] = left
+            resolution.mappings[block.name] = [
+                m for m in mappings if any(considers(n, layer, block) for n, layer in m.balance.items())
+            ]
     return resolution
+
+
+def _discover_in(
+    block: Block, known: dict[int, _Kind], kind: int, seed: int
+) -> tuple[list[ResolvedMapping], list[Left]]:
+    """A block's mappings, and the layers without one: those that a block of its kind has, if they hold in it."""
+    source, of_kind, left = known.get(kind, ("", [], []))
+    modules = dict(block.named_modules())
+    mappings = [mapping.moved(source, block, modules) for mapping in of_kind]
+    claims = [m.claim() for m in mappings]
+    if kind in known:
+        left = [Left(tuple(block.name + n.removeprefix(source) for n in x.layers), x.why) for x in left]
+    if kind not in known or (claims and not Prover(block, seed).prove_together(claims).holds):
+        findings = discover(block, seed)
+        mappings, left = [ResolvedMapping.discovered(f, modules) for f in findings.found], findings.left
+        known[kind] = (block.name, mappings, left)
+    return mappings, left
 
 
 def _breaking_others(
@@ -130,9 +139,14 @@ def _breaking_others(
             others = {b.name: b for of_layer in using for b in of_layer if b.name != name}
             for other in others.values():
                 in_part = not all(any(b is other for b in of_layer) for of_layer in using)
-                if in_part or (other.calls and not Prover(other, seed).prove_together([mapping.claim()]).holds):
+                if in_part or (other.calls and not _holds_in(other, mapping, seed)):
                     yield name, mapping, f"some of these weights are {other.label}'s, too, which the scale would change"
                     break
+
+
+def _holds_in(block: Block, mapping: ResolvedMapping, seed: int) -> bool:
+    with block.present():
+        return Prover(block, seed).prove_together([mapping.claim()]).holds
 
 
 def _weight(layer: nn.Module) -> nn.Parameter | None:
@@ -169,7 +183,8 @@ def _prove(resolution: Resolution, blocks: Sequence[Block], seed: int) -> None:
     for block in blocks:
         mappings = resolution.mappings[block.name]
         if block.calls and mappings:
-            _prove_block(mappings, block, maps, Prover(block, seed))
+            with block.present():
+                _prove_block(mappings, block, maps, Prover(block, seed))
 
 
 def _prove_block(

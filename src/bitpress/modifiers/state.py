@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ class State:
         distillation: what that brought, for the report.
         watch: the seconds spent in each phase.
         seed: of everything random.
+        activations_on: where batches that wait keep their activations: "memory", "disk", or None for what fits.
+        scratch: a directory for such files; None for the system's.
         min_expert_tokens: an expert that saw fewer is solved from what all experts of its layer saw.
         few_tokens: the tokens that each such expert's layer saw, by name.
         ranks: the processes that this one compresses the model with.
@@ -113,6 +116,8 @@ class State:
     distillation: dict[str, Any] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
     seed: int = 42
+    activations_on: Literal["memory", "disk"] | None = None
+    scratch: Path | None = None
     min_expert_tokens: int = 0
     few_tokens: dict[str, int] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=current)

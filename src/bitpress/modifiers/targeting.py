@@ -102,6 +102,8 @@ def drop_shared_weights(model: nn.Module, schemes: dict[str, QuantizationScheme]
 
 def _place(parameter: Any) -> Any:
     """Equal for parameters that are one, and for those that only share their memory."""
+    if parameter.is_meta:
+        return parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape
     return (parameter.data_ptr(), parameter.shape) if parameter.data_ptr() else id(parameter)
 
 

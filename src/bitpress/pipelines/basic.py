@@ -22,14 +22,19 @@ from bitpress.pipelines.solving import (
 from bitpress.statistics import InputCollector
 
 
-def run_basic(state: State, modifiers: Sequence[Modifier], data: CalibrationData, on_progress: OnProgress) -> Changes:
+def run_basic(
+    state: State,
+    modifiers: Sequence[Modifier],
+    data: CalibrationData,
+    changes: Changes,
+    on_progress: OnProgress,
+) -> None:
     """Run every batch through the model, then solve block after block."""
     layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
     collector = make_collector(state, modifiers, layers)
     ranges = make_range_collector(state, modifiers, state.blocks)
     if collector.wants_any or not ranges.wants_any:
         _calibrate(state, collector, data, on_progress)
-    changes = Changes()
     for index, block in enumerate(state.blocks):
         on_progress(Progress(index, len(state.blocks), block.label, "solve"))
         statistics = {name: s for name, s in collector.statistics.items() if name in block.layers}
@@ -42,7 +47,6 @@ def run_basic(state: State, modifiers: Sequence[Modifier], data: CalibrationData
     for block in state.blocks:
         of_block = {name: s for name, s in ranges.statistics.items() if name in watched(state, block)}
         finish(state, modifiers, block, of_block, {})
-    return changes
 
 
 def _calibrate(state: State, collector: InputCollector, data: CalibrationData, on_progress: OnProgress) -> None:

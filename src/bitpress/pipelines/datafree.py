@@ -7,13 +7,11 @@ from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.solving import OnProgress, Progress, finish, solve
 
 
-def run_datafree(state: State, modifiers: Sequence[Modifier], on_progress: OnProgress) -> Changes:
+def run_datafree(state: State, modifiers: Sequence[Modifier], changes: Changes, on_progress: OnProgress) -> None:
     """Solve block after block; the model's forward is never run."""
-    changes = Changes()
     for index, block in enumerate(state.blocks):
         on_progress(Progress(index, len(state.blocks), block.label, "solve"))
         state.quantized = {}
         with changes.of(block, state.quantized), state.watch.phase("solve"):
             solve(state, modifiers, block, {})
         finish(state, modifiers, block, {}, {})
-    return changes

@@ -89,7 +89,8 @@ def _try(state: State, probe: Batch) -> tuple[list[str], set[str]]:
                 block, call = forward.at, forward.waiting_for
                 block.calls.append(call.copy())
                 order.append(block.name)
-                output = points.run(block, call)
+                with block.present():
+                    output = points.run(block, call)
                 if block.first_output is None:
                     block.first_output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
                 forward.resume(output)
@@ -128,13 +129,16 @@ def run(
     modifiers: Sequence[Modifier],
     data: CalibrationData | None,
     order: Sequence[str],
+    changes: Changes,
     on_progress: Callable[[Progress], None],
-) -> Changes:
-    """Solve all blocks. The model is as it was afterwards; the changes are returned."""
+) -> None:
+    """Solve all blocks. The model is as it was afterwards; what is new is in ``changes``."""
     if pipeline == "datafree":
-        return run_datafree(state, modifiers, on_progress)
+        run_datafree(state, modifiers, changes, on_progress)
+        return
     if data is None:
         raise BitpressError(f"the {pipeline} pipeline needs a dataset.")
     if pipeline == "basic":
-        return run_basic(state, modifiers, data, on_progress)
-    return run_sequential(state, modifiers, data, order, on_progress)
+        run_basic(state, modifiers, data, changes, on_progress)
+    else:
+        run_sequential(state, modifiers, data, order, changes, on_progress)

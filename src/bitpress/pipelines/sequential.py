@@ -12,9 +12,11 @@ blocks with their original weights. At block k it runs before the other, and goe
 """
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -31,10 +33,13 @@ from bitpress.pipelines.solving import (
     finish,
     is_held_out,
     make_collector,
+    make_notes,
     make_range_collector,
     solve,
+    take_notes,
     watched,
 )
+from bitpress.pipelines.spilling import Spill, make_spill
 from bitpress.statistics import InputCollector, Statistic
 
 logger = logging.getLogger(__name__)
@@ -45,8 +50,9 @@ def run_sequential(
     modifiers: Sequence[Modifier],
     data: CalibrationData,
     order: Sequence[str],
+    changes: Changes,
     on_progress: OnProgress,
-) -> Changes:
+) -> None:
     """Solve the blocks in the order of their last calls; ``order`` is that of all calls in the dry run."""
     points = PausePoints(state.blocks)
     with points.installed():
@@ -56,14 +62,15 @@ def run_sequential(
         own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if _compares(state, modifiers)}
         originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in own.items()}
         masks = [b.mask() for b in data.batches]
-        schedule = _Schedule(state, modifiers, points, forwards, originals, masks, on_progress)
+        schedule = _Schedule(state, modifiers, points, forwards, originals, masks, changes, on_progress)
         try:
             schedule.run(order)
         finally:
             for forward in (*forwards.values(), *originals.values()):
                 forward.stop()
+            if schedule.spill is not None:
+                schedule.spill.close()
     schedule.say_what_was_not_compared()
-    return schedule.changes
 
 
 def _compares(state: State, modifiers: Sequence[Modifier]) -> bool:
@@ -81,15 +88,19 @@ class _Schedule:
         forwards: dict[int, PausedForward],
         originals: dict[int, PausedForward],
         masks: Sequence[Tensor | None],
+        changes: Changes,
         on_progress: OnProgress,
     ) -> None:
         self.state, self.modifiers, self.points = state, modifiers, points
         self.forwards, self.originals, self.masks = forwards, originals, masks
-        self.on_progress = on_progress
+        self.changes, self.on_progress = changes, on_progress
+        self.spill: Spill | None = None
+        self.started = self.solved_any = False
+        self.began: float | None = None
+        self.given: dict[PausedForward, Any] = {}
         self.unpaired: set[str] = set()
         self.lost = 0
         self.ends = False
-        self.changes = Changes()
         self.done = 0
 
     def run(self, order: Sequence[str]) -> None:
@@ -100,20 +111,24 @@ class _Schedule:
             for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):
-            for forward in (*self.forwards.values(), *self.originals.values()):
-                forward.resume()
+            for index in self.forwards:
+                for forward in self._of(index):
+                    self._resume(forward)
+                self._rest(index)
         for position, name in enumerate(order):
             self._detours(left)
             left[name] -= 1
             block, collector = blocks[name], collectors[name]
             self.ends = position == len(order) - 1
-            if left[name]:
-                self._calibrate(block, collector, go_on=True)
-            else:
-                self._finish(block, collectors.pop(name), last=self.ends)
+            with block.present():
+                if left[name]:
+                    self._calibrate(block, collector, go_on=True)
+                else:
+                    self._finish(block, collectors.pop(name), last=self.ends)
         for block in self.state.blocks:
             if block.name not in left:
-                self._solve(block, make_collector(self.state, self.modifiers, {}))
+                with block.present():
+                    self._solve(block, make_collector(self.state, self.modifiers, {}))
 
     def _detours(self, left: Counter[str]) -> None:
         """Where a batch waits for a call that the dry run did not make: solve the block now, or run it as it was.
@@ -123,12 +138,39 @@ class _Schedule:
         while waiting := self._waiting(left):
             for name in waiting:
                 block = next(block for block in self.state.blocks if block.name == name)
-                if name in left:
-                    self._propagate_originals(block)
-                    self._propagate(block)
-                else:
-                    left[name] = 0
-                    self._finish(block, make_collector(self.state, self.modifiers, block.layers), last=False)
+                with block.present():
+                    if name in left:
+                        self._propagate_originals(block)
+                        self._propagate(block)
+                    else:
+                        left[name] = 0
+                        self._finish(block, make_collector(self.state, self.modifiers, block.layers), last=False)
+
+    def _of(self, index: int) -> list[PausedForward]:
+        """The forwards of a batch."""
+        original = self.originals.get(index)
+        return [self.forwards[index], *([original] if original is not None else [])]
+
+    def _resume(self, forward: PausedForward, output: Any = None) -> None:
+        """Let a forward go on with a block's output, which may go to the disk when it waits again."""
+        self.given[forward] = output
+        forward.resume(output)
+
+    def _rest(self, index: int) -> None:
+        """A batch waits: what with may go to the disk."""
+        waiting = [(f.call, self.given.pop(f, None)) for f in self._of(index) if f.call is not None]
+        if not self.started:
+            self.spill, self.started = make_spill(self.state, waiting, len(self.forwards)), True
+        if self.spill is not None:
+            self.spill.out(index, waiting)
+
+    @contextmanager
+    def _awake(self, index: int) -> Iterator[None]:
+        """Inside the ``with`` a batch has in memory what it waits with."""
+        if self.spill is not None:
+            self.spill.back(index)
+        yield
+        self._rest(index)
 
     def _waiting(self, left: Counter[str]) -> list[str]:
         """Names of the blocks that a batch of any rank waits for, but that are not called any more, by that batch."""
@@ -152,24 +194,29 @@ class _Schedule:
         offloads = any(hasattr(module, "_hf_hook") for module in block.module.modules())
         with nullcontext() if is_layer else collector.watching(), self.state.watch.phase("calibrate"):
             for index in self._at(block):
-                forward = self.forwards[index]
-                # The block runs again on what it was given, unless this is what the forward gets.
-                call = forward.waiting_for if go_on else forward.waiting_for.copy()
-                output = None
-                held_out = is_held_out(index, len(self.masks))
-                needed = go_on or offloads
-                if not solved:
-                    self._run_original(block, index, collector, is_layer=is_layer)
-                with collector.batch(index, self.masks[index], output_needed=needed, held_out=held_out):
-                    if is_layer:
-                        collector.observe(block.name, call.args, call.kwargs)
-                    output = self.points.run(block, call)
-                    if is_layer:
-                        collector.observe(f"{block.name}.{OUTPUT}", (output,), {})
-                if go_on:
-                    forward.resume(output)
-                del output
+                with self._awake(index):
+                    if not solved:
+                        self._run_original(block, index, collector, is_layer=is_layer)
+                    self._observe(block, index, collector, go_on=go_on, output_needed=go_on or offloads)
         self.unpaired |= collector.unpaired
+
+    def _observe(
+        self, block: Block, index: int, collector: InputCollector, *, go_on: bool, output_needed: bool
+    ) -> None:
+        """Run the block on what a batch waits with, in sight of the collector."""
+        forward, is_layer = self.forwards[index], block.name in block.layers
+        # The block runs again on what it was given, unless this is what the forward gets.
+        call = forward.waiting_for if go_on else forward.waiting_for.copy()
+        held_out = is_held_out(index, len(self.masks))
+        output = None
+        with collector.batch(index, self.masks[index], output_needed=output_needed, held_out=held_out):
+            if is_layer:
+                collector.observe(block.name, call.args, call.kwargs)
+            output = self.points.run(block, call)
+            if is_layer:
+                collector.observe(f"{block.name}.{OUTPUT}", (output,), {})
+        if go_on:
+            self._resume(forward, output)
 
     def _run_original(self, block: Block, index: int, collector: InputCollector, *, is_layer: bool) -> None:
         """Run the block on what the original model gives it, if that goes the same way, and let this go on."""
@@ -191,24 +238,50 @@ class _Schedule:
             # What is behind the last block, a head over all words, would be computed for nothing.
             original.stop()
         else:
-            original.resume(output)
+            self._resume(original, output)
 
     def _propagate_originals(self, block: Block) -> None:
         with self.state.watch.phase("propagate"):
             for index in self._at(block):
-                self._run_original(block, index, make_collector(self.state, [], {}), is_layer=False)
+                with self._awake(index):
+                    self._run_original(block, index, make_collector(self.state, [], {}), is_layer=False)
 
     def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
         """The block's last call: solve it, and go on with its new weights."""
+        notes = self.changes.notes(block.name)
+        if notes is not None:
+            self._restore(block, notes, propagate=not last)
+            return
+        if not self.solved_any:
+            self.began, self.solved_any = time.perf_counter(), True
         if collector.wants_any:
             self._calibrate(block, collector, go_on=False)
         else:
             self._propagate_originals(block)
         self._solve(block, collector, propagate=not last)
 
+    def _restore(self, block: Block, notes: dict[str, Any], *, propagate: bool) -> None:
+        """An earlier run has solved the block: go on with what it left."""
+        self._propagate_originals(block)
+        self.state.activations |= self.changes.restore(block)
+        take_notes(self.state, notes)
+        if propagate:
+            self._propagate(block)
+        self.done += 1
+
+    def _count(self) -> None:
+        """A block is done; after the first that was solved here it can be said how long the others will take."""
+        self.done += 1
+        left = len(self.state.blocks) - self.done
+        if self.began is not None and left:
+            each = time.perf_counter() - self.began
+            logger.info("a block takes %.1f s: the %d that are left about %.0f s.", each, left, each * left)
+        self.began = None
+
     def _solve(self, block: Block, collector: InputCollector, *, propagate: bool = False) -> None:
         self._say(block, "solve")
         self.state.quantized = {}
+        noted = len(self.state.mapping_records)
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
                 solve(self.state, self.modifiers, block, collector.statistics)
@@ -218,14 +291,19 @@ class _Schedule:
             elif propagate:
                 self._propagate(block)
         finish(self.state, self.modifiers, block, ranges.statistics, collector.statistics)
-        self.done += 1
+        activations = {
+            n: tensors for n, tensors in self.state.activations.items() if block.holds(n) or n in block.layers
+        }
+        self.changes.finish(block, activations, make_notes(self.state, block, noted))
+        self._count()
 
     def _propagate(self, block: Block) -> None:
         self._say(block, "propagate")
         with self.state.watch.phase("propagate"):
             for index in self._at(block):
-                forward = self.forwards[index]
-                forward.resume(self.points.run(block, forward.waiting_for))
+                with self._awake(index):
+                    forward = self.forwards[index]
+                    self._resume(forward, self.points.run(block, forward.waiting_for))
 
     def say_what_was_not_compared(self) -> None:
         """Warn once of what the original model's inputs are not known of."""

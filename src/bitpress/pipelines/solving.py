@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,3 +119,19 @@ def _device(layer: nn.Module, model: nn.Module) -> torch.device:
     """Where a layer computes; a tap has no parameters, and is asked for the model's."""
     parameters = (p for module in (layer, model) for p in module.parameters())
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def make_notes(state: State, block: Block, first: int) -> dict[str, Any]:
+    """What the report will say of a solved block; its mappings are those from ``first`` on. JSON can hold it."""
+    return {
+        "layers": {name: state.layer_records[name] for name in block.layers if name in state.layer_records},
+        "mappings": state.mapping_records[first:],
+        "few_tokens": {name: state.few_tokens[name] for name in block.layers if name in state.few_tokens},
+    }
+
+
+def take_notes(state: State, notes: Mapping[str, Any]) -> None:
+    """Take over what an earlier run has noted of a block."""
+    state.layer_records |= notes["layers"]
+    state.mapping_records += notes["mappings"]
+    state.few_tokens |= notes["few_tokens"]

@@ -2,19 +2,20 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from bitpress.checkpoints import attach, attach_attention, is_quantized
+from bitpress.checkpoints import Changes, attach, attach_attention, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.lora import check_no_adapters
+from bitpress.models.residence import Residence
 from bitpress.models.taps import tapped
 from bitpress.modifiers import State
 from bitpress.modifiers.activations import make_taps, resolve_attentions
@@ -26,6 +27,7 @@ from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
 from bitpress.pipelines.starting import check_same_start
 from bitpress.quantization import stored_format
+from bitpress.session.preflight import Needs, bytes_per_token, estimate, wanted_statistics
 from bitpress.session.recipe import Recipe, RecipeLike
 from bitpress.solvers import check_finite
 from bitpress.statistics import InputCollector, Statistic
@@ -41,11 +43,14 @@ class Session:
 
     Attributes:
         state: what the modifiers share; filled by ``initialize``.
+        data: the calibration data, as the model takes it.
+        needs: what it will need; known after ``initialize``.
     """
 
     state: State
+    needs: Needs
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         recipe: RecipeLike,
@@ -55,16 +60,22 @@ class Session:
         seed: int = 42,
         moe_calibrate_all_experts: bool = True,
         moe_min_tokens: int = MIN_TOKENS,
+        activations: Literal["memory", "disk"] | None = None,
+        residence: Residence | None = None,
+        on_disk: bool = False,
     ) -> None:
         self.model = model
+        self.residence = residence
+        self._on_disk = on_disk or residence is not None
         self.recipe = Recipe.of(recipe)
         self.pipeline = pipeline
         self._named_pipeline = pipeline
         self._sequential_targets = sequential_targets
         self._seed = seed
+        self._activations = activations
         self._all_experts = moe_calibrate_all_experts
         self._min_tokens = moe_min_tokens
-        self._data: CalibrationData | None = None
+        self.data: CalibrationData | None = None
         self._order: list[str] = []
 
     def check(self) -> None:
@@ -83,16 +94,32 @@ class Session:
         if not schemes and not attentions:
             raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
         layers = {name: find_layer(self.model, name) for name in schemes}
-        for name, layer in layers.items():
-            check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
+        for name, layer in {} if self._on_disk else layers.items():
+            check_finite(weight_matrix(layer), name)
+        if self.residence is not None:
+            for block in blocks:
+                block.presence = self.residence.present
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
+        self.state.activations_on = self._activations
         self.state.attentions = attentions
         self.state.taps = make_taps(self.model, schemes, attentions)
         of_taps = {name: of_attention.get(tap.owner, owners.get(tap.owner)) for name, tap in self.state.taps.items()}
         self.state.owners = {**owners, **of_taps}
         for modifier in modifiers:
             self.state.candidates |= modifier.candidates(self.model, [n for n in schemes if owners[n] is modifier])
+
+    def start(self, read_data: Callable[[nn.Module], CalibrationData | None]) -> None:
+        """Check, then read the calibration data, then initialize.
+
+        Args:
+            read_data: makes the batches for the model; None where there is no data.
+
+        Raises:
+            BitpressError: see :meth:`check` and :meth:`initialize`.
+        """
+        self.check()
+        self.initialize(read_data(self.model))
 
     def initialize(self, data: CalibrationData | None) -> None:
         """Make the dry run, prove the mappings, choose the pipeline.
@@ -101,7 +128,7 @@ class Session:
             BitpressError: a mapping that does not hold, statistics that no data is there for.
         """
         if data is not None:
-            self._data = CalibrationData(
+            self.data = CalibrationData(
                 [self._prepared(b) for b in data.batches], data.samples, data.tokens, data.sliceable
             )
             with self._calibrating(), self._tapped(), self.state.watch.phase("dry run"):
@@ -118,10 +145,22 @@ class Session:
             for modifier in self.recipe.modifiers:
                 modifier.on_initialize(self.state)
         check_enough(self.state, data)
+        self.needs = self._estimate(data)
+        self.needs.check()
         for block in self.state.blocks:
             block.forget()
         self.pipeline = infer_pipeline(
             self._named_pipeline, self.state, self.recipe.modifiers, has_data=data is not None
+        )
+
+    def _estimate(self, data: CalibrationData | None) -> Needs:
+        """What it will need; the blocks still have their calls of the dry run."""
+        return estimate(
+            self.state,
+            wanted_statistics(self.state, self.recipe.modifiers),
+            tokens=0 if data is None else data.tokens,
+            per_token=bytes_per_token(self.state.blocks),
+            streamed=self.residence is not None,
         )
 
     def _dry_run(self, probe: Batch) -> list[str]:
@@ -129,7 +168,7 @@ class Session:
         layers = {name: layer for block in self.state.blocks for name, layer in block.layers.items()}
         widths = {name: in_features(layer) for name, layer in layers.items()}
         collector = InputCollector(layers, widths, dict.fromkeys(layers, Statistic.MAX_MAGNITUDE))
-        with collector.watching(), collector.batch(0, probe.mask()):
+        with self._weights_checked(), collector.watching(), collector.batch(0, probe.mask()):
             order = dry_run(self.state, probe)
         numbers: dict[int, int] = {}
         self.state.inputs = {
@@ -137,17 +176,49 @@ class Session:
         }
         return order
 
-    def run(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
-        """Solve everything. The model is as it was afterwards."""
+    @contextmanager
+    def _weights_checked(self) -> Iterator[None]:
+        """Inside the ``with`` what is read from the disk is refused if it holds NaN or infinities."""
+        residence = self.residence
+        if residence is None:
+            yield
+            return
+        layers = {block.name: block.layers for block in self.state.blocks}
+
+        @contextmanager
+        def checked(name: str) -> Iterator[None]:
+            with residence.present(name):
+                for layer_name, layer in layers[name].items():
+                    check_finite(weight_matrix(layer), layer_name)
+                yield
+
+        try:
+            for block in self.state.blocks:
+                block.presence = checked
+            yield
+        finally:
+            for block in self.state.blocks:
+                block.presence = residence.present
+
+    def run(self, on_progress: Callable[[Progress], None] = lambda _: None, changes: Changes | None = None) -> None:
+        """Solve everything. The model is as it was afterwards.
+
+        Args:
+            on_progress: called with how far it is.
+            changes: where the new weights go; by default they are kept in memory, for :meth:`finalize`.
+        """
         assert self.pipeline is not None  # noqa: S101
-        check_same_start(self.state, self._data)
+        check_same_start(self.state, self.data)
+        self._changes = changes or Changes()
         # Experts one by one, each a slice of a parameter, would make a gradient of the whole parameter each.
         with calibrating(self.model, one_by_one=False):
-            measure(self.state, self.recipe.modifiers, self._data, on_progress)
+            measure(self.state, self.recipe.modifiers, self.data, on_progress)
         with self._calibrating(), self._tapped():
-            self._changes = run(self.pipeline, self.state, self.recipe.modifiers, self._data, self._order, on_progress)
+            run(
+                self.pipeline, self.state, self.recipe.modifiers, self.data, self._order, self._changes, on_progress
+            )  # fmt: skip
         with calibrating(self.model, one_by_one=False):
-            distill(self.state, self._data, self._changes, on_progress)
+            distill(self.state, self.data, self._changes, on_progress)
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -166,15 +237,21 @@ class Session:
         }
         del self._changes
 
-    def _calibrating(self) -> AbstractContextManager[None]:
-        return calibrating(self.model, all_experts=self._all_experts)
+    @contextmanager
+    def _calibrating(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(calibrating(self.model, all_experts=self._all_experts))
+            if self.residence is not None:
+                stack.enter_context(self.residence.around({block.name for block in self.state.blocks}))
+            yield
 
     def _tapped(self) -> AbstractContextManager[None]:
         return tapped(self.model, {name: find_layer(self.model, name) for name in self.state.schemes}, self.state.taps)
 
     def _prepared(self, batch: Batch) -> Batch:
         """On the model's device, and without a cache: a block is run more than once."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        of_model = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = of_model if self.residence is None else self.residence.device
         batch = batch.to(device)
         if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch.kwargs:
             return Batch(batch.args, {**batch.kwargs, "use_cache": False})

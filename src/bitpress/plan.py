@@ -1,0 +1,67 @@
+"""plan: what a compression would need, without running it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from bitpress.checkpoints.source import CannotStreamError, open_source
+from bitpress.modifiers import QuantizationModifier
+from bitpress.session import Recipe
+from bitpress.session.preflight import MODEL, Needs, estimate
+from bitpress.session.recipe import RecipeLike
+from bitpress.session.session import Session
+from bitpress.session.streaming import StreamedSession
+from bitpress.statistics import Statistic
+
+
+def plan(
+    model: str | os.PathLike[str],
+    recipe: RecipeLike,
+    *,
+    recipe_args: Mapping[str, Any] | None = None,
+    num_calibration_samples: int = 512,
+    max_seq_length: int = 2048,
+    trust_remote_code_model: bool = False,
+) -> Needs:
+    """What :func:`bitpress.oneshot` of a model on the disk would need; only the headers of its files are read.
+
+    Args:
+        model: the path or hub id of a transformers model.
+        recipe: see :func:`bitpress.oneshot`.
+        recipe_args: see :func:`bitpress.oneshot`.
+        num_calibration_samples: sequences.
+        max_seq_length: tokens of each.
+        trust_remote_code_model: let transformers run code that comes with a checkpoint.
+
+    Returns:
+        Memory by what takes it, and disk, in bytes. An estimate: which statistics are kept is known when mappings are
+        proven, and every layer is counted as if it had its Gram matrix.
+
+    Raises:
+        BitpressError: what :func:`bitpress.oneshot` would refuse of the model, its files or the recipe.
+    """
+    steps = Recipe.of(recipe, recipe_args)
+    source = open_source(model, trust_remote_code=trust_remote_code_model)
+    session: Session = StreamedSession(source, steps)
+    streamed, disk = True, 0
+    try:
+        session.check()
+        disk = session.output.layout.nbytes  # type: ignore[attr-defined]
+    except CannotStreamError:
+        session = Session(source.model, steps, on_disk=True)
+        session.check()
+        streamed = False
+    first = next(iter(session.state.blocks)).module.parameters()
+    width = getattr(source.model.config, "hidden_size", 0)
+    datafree = all(type(m) is QuantizationModifier and m.choose_from is None for m in steps.modifiers)
+    wanted = Statistic.NONE if datafree else Statistic.GRAM
+    needs = estimate(
+        session.state,
+        dict.fromkeys(session.state.schemes, wanted),
+        tokens=num_calibration_samples * max_seq_length,
+        per_token=width * next(first).element_size(),
+        streamed=streamed,
+        disk=disk,
+    )
+    return needs if streamed else replace(needs, memory={MODEL: source.shards.nbytes, **needs.memory})
