@@ -28,6 +28,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _current: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 _runs = 0
+# Of torchrun's ranks: kept, as a second run would meet the end of the first one's.
+_stores: list[Any] = []
 
 
 def current() -> Ranks:
@@ -102,11 +104,13 @@ def _joined(*, own: bool) -> tuple[Any, Any]:
 
     global _runs  # noqa: PLW0603
     _runs += 1
+    store: Any
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         if own:
-            store, rank, size = next(rendezvous("env://", timeout=START))
-            store.set_timeout(START)
+            if not _stores:
+                _stores.append(next(rendezvous("env://", timeout=START))[0])
+            store, rank, size = _stores[0], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             prefix = PrefixStore(f"bitpress/group/{_runs}", store)
             dist.init_process_group(backend, store=prefix, rank=rank, world_size=size, timeout=PATIENCE)
             group = dist.group.WORLD
