@@ -46,7 +46,9 @@ def test_the_model_comes_nearer_to_the_original_and_keeps_its_integers(before, b
 def test_the_loss_is_that_of_the_model_before_and_after_on_the_batches_that_are_held_out():
     plain, tuned = tiny.llama(), tiny.llama()
     tiny.compress(plain, awq(bits=3), DATA)
-    session = tiny.compress(tuned, [*awq(bits=3), DistillationModifier(epochs=1, held_out=0.25, learning_rate=5e-3)], DATA)
+    session = tiny.compress(
+        tuned, [*awq(bits=3), DistillationModifier(epochs=1, held_out=0.25, learning_rate=5e-3)], DATA
+    )
     losses = session.state.distillation["held_out_loss"]
     held_out = DATA.batches[-4:]
     assert losses[0] == pytest.approx(divergence(plain, tiny.llama(), held_out), rel=1e-3)

@@ -1,0 +1,36 @@
+"""Several processes compress a model that stays on the disk: the first writes, all read, and a kill of all is no loss."""
+
+from pathlib import Path
+
+import tiny
+import torch
+from test_joining import ended, started
+
+import bitpress
+
+STREAMED = Path(__file__).with_name("streamed.py")
+
+
+def files(path):
+    return {f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.name != "report.json"}
+
+
+def test_ranks_stream_and_go_on(tmp_path):
+    tiny.llama(num_hidden_layers=4).save_pretrained(tmp_path / "model")
+
+    def run(out, end_at="", size=2):
+        processes = started(STREAMED, size, tmp_path / "model", tmp_path / out, end_at)
+        printed = ended(processes)
+        return [p.returncode for p in processes], printed
+
+    codes, printed = run("whole")
+    assert codes == [0, 0], printed
+    assert run("out", "model.layers.2")[0] == [-9, -9]
+    assert not (tmp_path / "out").exists()
+    codes, printed = run("out")
+    assert codes == [0, 0], printed
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert run("alone", size=1)[0] == [0]
+    ids = torch.tensor(tiny.tokens(4, seed=9)["input_ids"])
+    together, alone = (bitpress.load(tmp_path / name)(ids).logits for name in ("out", "alone"))
+    assert torch.allclose(together, alone, atol=0.05 * float(alone.std()))
