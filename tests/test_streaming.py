@@ -83,6 +83,16 @@ def test_files_are_those_of_the_model_in_memory(tmp_path, tied, dtype):
     assert torch.equal(logits, bitpress.load(out)(torch.tensor(tokens())).logits)
 
 
+def test_what_is_returned_says_where_the_weights_are(tmp_path):
+    recipe = [GPTQModifier(**four_bits(), ignore=["lm_head"])]
+    source = stored(llama(), tmp_path / "model")
+    model = bitpress.oneshot(source, tokens(), recipe, output_dir=tmp_path / "out", progress=False)
+    assert model.bitpress.report["quantized_layers"] == 14
+    for use in (lambda: model(torch.tensor(tokens())), lambda: model.save_pretrained(tmp_path / "again")):
+        with pytest.raises(BitpressError, match=r"bitpress\.load\(.*out"):
+            use()
+
+
 def test_static_activations_and_a_quantized_cache(tmp_path):
     static = QuantizationArgs(num_bits=8, symmetric=True, strategy="tensor", dynamic=False)
     recipe = lambda: [  # noqa: E731

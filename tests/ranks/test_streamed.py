@@ -1,10 +1,10 @@
-"""Several processes compress a model that stays on the disk: the first writes, all read, and a kill of all is no loss."""
+"""Several processes compress a model on the disk: the first writes, all read, and a kill of all is no loss."""
 
 from pathlib import Path
 
 import tiny
 import torch
-from test_joining import ended, started
+from processes import ended, started
 
 import bitpress
 

@@ -16,6 +16,7 @@ from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.output import Output
 from bitpress.checkpoints.saving import Companions, write_companions
 from bitpress.checkpoints.source import CannotStreamError, Source
+from bitpress.errors import BitpressError
 from bitpress.models.residence import Residence
 from bitpress.modifiers.activations import expected_activations
 from bitpress.pipelines.data import CalibrationData
@@ -98,6 +99,7 @@ class StreamedSession(Session):
         self.state.scratch = path.parent
         if not self.state.ranks.is_first:
             self._follow(companions, on_progress, summary)
+            _say_where(self.model, path)
             return
         facts = self.facts(companions.recipe or "")
         with resumable_directory(path, facts, resume=resume) as (draft, journal):
@@ -111,6 +113,7 @@ class StreamedSession(Session):
             finally:
                 self.output.close()
         self.state.ranks.gather()
+        _say_where(self.model, path)
 
     def _follow(self, companions: Companions, on_progress: OnProgress, summary: Callable[[], dict[str, Any]]) -> None:
         """As :meth:`write`, on a rank that writes nothing: the first does."""
@@ -141,6 +144,18 @@ class StreamedSession(Session):
             "ranks": self.state.ranks.size,
             "versions": {name: version(name) for name in LIBRARIES},
         }
+
+
+def _say_where(model: Any, path: Path) -> None:
+    """What is left of the model has no weights: whoever uses it is told where they are."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BitpressError(
+            f"this model's weights are in {path}, not in memory: bitpress.load({str(path)!r}) reads them."
+        )
+
+    model.register_forward_pre_hook(refuse)
+    model.save_pretrained = refuse
 
 
 def _data_digest(data: CalibrationData) -> str:
