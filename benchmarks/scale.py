@@ -12,7 +12,7 @@ import time
 
 from task import arguments, start
 
-RUNS = {"awq": "awq-w4a16-asym-g64", "balanced": "w4a16-balanced"}
+RECIPES = {"awq": "awq-w4a16-asym-g64", "balanced": "w4a16-balanced"}
 
 
 def rank(args) -> None:
@@ -21,15 +21,15 @@ def rank(args) -> None:
 
     model, _, tokens = start(args)
     wall, cpu = time.perf_counter(), time.process_time()
-    options = {"group_size": args.group} if args.run == "balanced" else {}
-    oneshot(model, tokens.tolist(), RUNS[args.run], recipe_args=options, num_calibration_samples=args.samples)
+    options = {"group_size": args.group} if args.recipe == "balanced" else {}
+    oneshot(model, tokens.tolist(), RECIPES[args.recipe], recipe_args=options, num_calibration_samples=args.samples)
     row = {
         "rank": int(os.environ.get("RANK", "0")),
         "seconds": round(time.perf_counter() - wall, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "phases": model.bitpress.report["seconds"],
         "exchanging": model.bitpress.report.get("exchanging_seconds", 0),
-        "weights": sum(float(p.double().abs().sum()) for p in model.parameters()),
+        "weights": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
     }
     print("RESULT", json.dumps(row), flush=True)
 
@@ -48,7 +48,7 @@ def measure(ranks: int) -> list[dict]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--run", default="balanced", choices=RUNS)
+    parser.add_argument("--recipe", default="balanced", choices=RECIPES)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--as-rank", action="store_true", help="used by the benchmark itself")
     args = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     slowest = max(row["seconds"] for row in several)
     cpu = max(row["cpu_seconds"] for row in several)
     print("RESULT", json.dumps({
-        "run": args.run, "ranks": args.ranks, "samples": args.samples, "length": args.length,
+        "recipe": args.recipe, "ranks": args.ranks, "samples": args.samples, "length": args.length,
         "times_as_fast": round(alone["seconds"] / slowest, 2),
         "cpu_times_as_fast": round(alone["cpu_seconds"] / cpu, 2),
     }))  # fmt: skip
