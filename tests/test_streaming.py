@@ -112,8 +112,8 @@ def test_activations_on_the_disk_change_nothing(tmp_path, monkeypatch):
     emptied = []
     out = Spill.out
 
-    def watched(self, index, waiting):
-        out(self, index, waiting)
+    def watched(self, index, storages):
+        out(self, index, storages)
         emptied.extend(storage.nbytes() for storage, _, _ in self._out.get(index, ()))
 
     monkeypatch.setattr(Spill, "out", watched)
@@ -351,7 +351,7 @@ def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns,
     least, spilling.LEAST_BYTES = spilling.LEAST_BYTES, 1
     try:
         spill = Spill(tmp_path_factory.getbasetemp())
-        spill.out(0, [(call, None)])
+        spill.out(0, hidden_state(call, None))
         assert hidden.untyped_storage().nbytes() == 0
         spill.back(0)
     finally:
@@ -364,6 +364,6 @@ def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns,
 
 def test_what_others_may_hold_stays_in_memory():
     hidden, other = torch.randn(200, 200), torch.randn(200, 200)
-    assert list(hidden_state(Call((hidden,), {}), (hidden,)))
-    assert not list(hidden_state(Call((hidden,), {}), (other,))), "the model has made it of the block's output"
-    assert not list(hidden_state(Call((torch.arange(50_000).view(5, -1),), {}), None))
+    assert hidden_state(Call((hidden,), {}), (hidden,))
+    assert not hidden_state(Call((hidden,), {}), (other,)), "the model has made it of the block's output"
+    assert not hidden_state(Call((torch.arange(50_000).view(5, -1),), {}), None)

@@ -435,3 +435,13 @@ def test_round_to_nearest_needs_no_calibration():
     quantized = {n for n, m in named_layers(model) if hasattr(m, "quantization_scheme")}
     assert sum(".experts." in n for n in quantized) == 3 * EXPERTS
     assert not any(n.endswith("shared_expert_gate") for n in quantized)
+
+
+def test_experts_with_few_tokens_are_scaled_each_by_itself():
+    """What smoothing does to the statistics of one expert's down projection must not reach another's."""
+    model = moe(num_experts_per_tok=1)
+    modifier, session = watched(model, data(batches=1), moe_min_tokens=10_000, moe_calibrate_all_experts=False)
+    assert session.state.few_tokens
+    owner = owners(model)[-1]
+    ids = [modifier.seen(owner)[f"{e}.down_proj"][0] for e in range(EXPERTS)]
+    assert len(set(ids)) == EXPERTS

@@ -45,6 +45,8 @@ def share_among_experts(
             if frozenset(seen) not in wholes:
                 parts = list(seen.values())
                 wholes[frozenset(seen)] = pooled(parts) if len(parts) > 1 else parts[0].clone()
-            shared |= dict.fromkeys(short, wholes[frozenset(seen)])
+            whole = wholes[frozenset(seen)]
+            # What an expert's own projections feed is scaled for each expert by itself.
+            shared |= {name: whole if projection.first else whole.clone() for name in short}
             few |= {name: rows[name] for name in short}
     return shared, few

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
 from bitpress.checkpoints.changes import Changes
@@ -39,7 +39,7 @@ from bitpress.pipelines.solving import (
     take_notes,
     watched,
 )
-from bitpress.pipelines.spilling import Spill, make_spill
+from bitpress.pipelines.spilling import Spill, hidden_state, make_spill
 from bitpress.statistics import InputCollector, Statistic
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class _Schedule:
         self.spill: Spill | None = None
         self.started = self.solved_any = False
         self.began: float | None = None
-        self.given: dict[PausedForward, Any] = {}
+        self.movable: dict[PausedForward, list[UntypedStorage]] = {}
         self.unpaired: set[str] = set()
         self.lost = 0
         self.ends = False
@@ -111,10 +111,12 @@ class _Schedule:
             for name in dict.fromkeys(order)
         }
         with self.state.watch.phase("propagate"):
-            for index in self.forwards:
-                for forward in self._of(index):
-                    self._resume(forward)
+            for index, forward in self.forwards.items():
+                self._resume(forward)
                 self._rest(index)
+            for index, forward in self.originals.items():
+                with self._awake(index):
+                    self._resume(forward)
         for position, name in enumerate(order):
             self._detours(left)
             left[name] -= 1
@@ -152,17 +154,17 @@ class _Schedule:
         return [self.forwards[index], *([original] if original is not None else [])]
 
     def _resume(self, forward: PausedForward, output: Any = None) -> None:
-        """Let a forward go on with a block's output, which may go to the disk when it waits again."""
-        self.given[forward] = output
+        """Let a forward go on with a block's output; what it waits with then may go to the disk."""
         forward.resume(output)
+        self.movable[forward] = hidden_state(forward.call, output)
 
     def _rest(self, index: int) -> None:
         """A batch waits: what with may go to the disk."""
-        waiting = [(f.call, self.given.pop(f, None)) for f in self._of(index) if f.call is not None]
+        storages = [storage for forward in self._of(index) for storage in self.movable.get(forward, ())]
         if not self.started:
-            self.spill, self.started = make_spill(self.state, waiting, len(self.forwards)), True
+            self.spill, self.started = make_spill(self.state, storages, len(self.forwards)), True
         if self.spill is not None:
-            self.spill.out(index, waiting)
+            self.spill.out(index, storages)
 
     @contextmanager
     def _awake(self, index: int) -> Iterator[None]:

@@ -4,7 +4,7 @@ import ctypes
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,9 @@ class Spill:
         self._out: dict[int, list[tuple[UntypedStorage, int, int]]] = {}
         self._files: dict[int, int] = {}
 
-    def out(self, index: int, waiting: Sequence[tuple[Call, Any]]) -> None:
-        """Move to the disk what a batch waits with.
-
-        Args:
-            index: of the batch.
-            waiting: each of its calls, and the output of the block before it; None if there was none.
-        """
-        found = {_identity(storage): storage for call, given in waiting for storage in hidden_state(call, given)}
+    def out(self, index: int, storages: Sequence[UntypedStorage]) -> None:
+        """Move to the disk what a batch waits with: memory that nobody else has."""
+        found = {_identity(storage): storage for storage in storages}
         if not found:
             return
         file = self._file(index)
@@ -80,28 +75,34 @@ class Spill:
         return self._files[index]
 
 
-def make_spill(state: State, waiting: Sequence[tuple[Call, Any]], batches: int) -> Spill | None:
-    """What moves the activations of ``batches`` that wait like this to the disk; None if they stay in memory."""
+def make_spill(state: State, storages: Sequence[UntypedStorage], batches: int) -> Spill | None:
+    """What moves the activations of ``batches`` to the disk, each like these; None if they stay in memory."""
     if state.activations_on == "memory":
         return None
     if state.activations_on is None:
-        size = sum(storage.nbytes() for call, given in waiting for storage in hidden_state(call, given))
-        share = batches * size / max(1, free_memory())
+        share = batches * sum(storage.nbytes() for storage in storages) / max(1, free_memory())
         if share < SHARE_OF_FREE:
             return None
         logger.info("the activations of %d batches would take %.0f%% of free memory: to disk.", batches, 100 * share)
     return Spill(state.scratch or Path(tempfile.gettempdir()))
 
 
-def hidden_state(call: Call, given: Any) -> Iterator[UntypedStorage]:
-    """The memory of a call's first tensor, if it is worth a file and nobody but this forward can have it."""
+def hidden_state(call: Call | None, given: Any) -> list[UntypedStorage]:
+    """The memory of a call's first tensor, if it is worth a file and nobody but this forward can have it.
+
+    Args:
+        call: what the forward waits for; None if it has ended.
+        given: the output of the block before, which it went on with; None before the first.
+    """
+    if call is None:
+        return []
     first = next((x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)), None)
     if first is None or not first.is_floating_point() or first.dim() < 2 or first.device.type != "cpu":
-        return
+        return []
     storage = first.untyped_storage()
     outputs = {_identity(x.untyped_storage()) for x in tree_leaves(given) if isinstance(x, Tensor)}
-    if storage.nbytes() >= LEAST_BYTES and storage.resizable() and (given is None or _identity(storage) in outputs):
-        yield storage
+    own = given is None or _identity(storage) in outputs
+    return [storage] if own and storage.nbytes() >= LEAST_BYTES and storage.resizable() else []
 
 
 def _identity(storage: UntypedStorage) -> int:
