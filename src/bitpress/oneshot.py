@@ -11,6 +11,7 @@ from bitpress.checkpoints import bind_save_pretrained, check_destination, save
 from bitpress.checkpoints.pretrained import load_named
 from bitpress.checkpoints.saving import Companions
 from bitpress.errors import BitpressError
+from bitpress.ondisk import compress_on_disk
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.report.progress import progress_display
@@ -70,7 +71,8 @@ def oneshot(  # noqa: PLR0913
         shuffle_calibration_samples: draw the samples at random, by ``seed``, instead of from the start.
         concatenate_data: join the texts and cut them to full sequences of ``max_seq_length``.
         seed: of everything random.
-        pipeline: "sequential", "basic" or "datafree"; by default what the recipe and the model need.
+        pipeline: "sequential", "basic" or "datafree"; by default what the recipe and the model need. With "datafree", a
+            path and an ``output_dir`` the weights go from file to file, and no model is built where none is needed.
         sequential_targets: names, class names or ``re:`` patterns of the blocks; by default they are found.
         moe_calibrate_all_experts: let every expert of a mixture see every calibration token; False shows each expert
             those that the router sends it.
@@ -83,7 +85,8 @@ def oneshot(  # noqa: PLR0913
         progress: show it in the terminal; by default if there is one.
 
     Returns:
-        The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint.
+        The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint. Where no model
+        was built, its structure on the meta device: load ``output_dir`` for more.
 
     Raises:
         BitpressError: what is wrong, where, and the way out; nothing has been changed or written.
@@ -96,6 +99,21 @@ def oneshot(  # noqa: PLR0913
     if not isinstance(model, nn.Module):
         if tokenizer is None and processor is None:
             tokenizer = _find_tokenizer(model, trust_remote_code_model)
+        if pipeline == "datafree" and output_dir is not None and save_compressed:
+            beside = _loaded("AutoProcessor", processor, trust_remote_code_model) or _loaded(
+                "AutoTokenizer", tokenizer, trust_remote_code_model
+            )
+            skeleton = compress_on_disk(
+                model,
+                steps,
+                output_dir,
+                beside=beside,
+                sequential_targets=sequential_targets,
+                trust_remote_code=trust_remote_code_model,
+                progress=progress,
+            )
+            if skeleton is not None:
+                return skeleton
         model = load_named(model, trust_remote_code=trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)

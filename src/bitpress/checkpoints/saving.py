@@ -88,7 +88,9 @@ def save(
             _write_transformers(model, draft, state, layers, packed, attentions, options)
         else:
             _write_plain(model, draft, state, layers, packed)
-        _write_companions(model, draft)
+        companions: Companions | None = getattr(model, "bitpress", None)
+        if companions is not None:
+            write_companions(companions, draft)
     return path
 
 
@@ -145,43 +147,88 @@ def _write_transformers(
     attentions: dict[str, nn.Module],
     options: dict[str, Any],
 ) -> None:
+    form = stored_form(model, state, layers, packed, attentions)
+    if form.config is None:
+        type(model).save_pretrained(model, draft, state_dict=form.tensors, **options)
+        return
+    type(model).save_pretrained(model, draft, state_dict=form.tensors, **{**options, "save_original_format": False})
+    write_quantization_config(draft, form.config)
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What transformers is given to write of a model.
+
+    Attributes:
+        tensors: by their names in the checkpoint, in order.
+        dense: names in the checkpoint of tensors that are stored as they are, by those in the model's state.
+        layers: names in the checkpoint of the layers that are stored packed, by those in the model.
+        config: the ``quantization_config``; None if nothing is stored packed.
+    """
+
+    tensors: dict[str, Tensor]
+    dense: dict[str, str]
+    layers: dict[str, str]
+    config: dict[str, Any] | None
+
+
+def stored_form(
+    model: Any,
+    state: dict[str, Tensor],
+    layers: dict[str, nn.Module],
+    packed: dict[str, PackedWeight],
+    attentions: dict[str, nn.Module],
+) -> StoredForm:
+    """What a checkpoint of a transformers model holds, with warnings of what readers cannot do with it.
+
+    Args:
+        model: the model; what is quantized of it carries its scheme.
+        state: its state dict.
+        layers: its quantized layers.
+        packed: their weights, by their names.
+        attentions: its quantized attentions.
+    """
     read = _readable(model, layers, packed)
     stored = stored_experts(model)
     one_scheme = have_one_scheme([layer for layer in read.values() if is_expert(layer)])
     apart, whole = choose_packed(stored, read, one_scheme=one_scheme)
     read = {name: layer for name, layer in read.items() if not any(name in s.names for s in whole)}
     names = {name: stored_name for s in apart for name, stored_name in s.names.items()}
-    for name in [parameter for s in apart for parameter in s.parameters]:
-        del state[name]
+    gone = {parameter for s in apart for parameter in s.parameters}
+    state = {name: tensor for name, tensor in state.items() if name not in gone}
     if not read and not attentions:
-        type(model).save_pretrained(model, draft, state_dict=state, **options)
-    else:
-        linears = checkpoint_names(model, [name for name in read if name not in names]) | names
-        weights = {f"{name}.weight" for name in read}
-        dense = {name: tensor for name, tensor in state.items() if name not in weights}
-        # Where transformers puts a layer for each expert, it looks for a weight of each, dense or packed.
-        one_by_one = [s for s in whole if s.as_layers]
-        for name in [parameter for s in one_by_one for parameter in s.parameters]:
-            del dense[name]
-        stored_names = tensor_names(model, {name: tensor.dim() for name, tensor in dense.items()})
-        tensors = {stored_names[name]: tensor for name, tensor in dense.items()}
-        for s in one_by_one:
-            for name, stored_name in s.names.items():
-                tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
-        for name, stored_name in linears.items():
-            own = _stored_tensors(layers[name], packed[name])
-            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
-        for name, stored_name in checkpoint_names(model, list(attentions)).items():
-            own = static_activations(attentions[name])
-            tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
-        type(model).save_pretrained(model, draft, state_dict=tensors, **{**options, "save_original_format": False})
-        _warn_of_broken_pair(packed)
-        _warn_of_failing_load(model, read)
-        _warn_of_other_dtypes({name: packed[name] for name in read})
-        file = draft / CONFIG_FILE
-        config = json.loads(file.read_text())
-        config["quantization_config"] = quantization_config(model, read, apart, whole, attentions)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return StoredForm(state, {name: name for name in state}, {}, None)
+    linears = checkpoint_names(model, [name for name in read if name not in names]) | names
+    weights = {f"{name}.weight" for name in read}
+    dense = {name: tensor for name, tensor in state.items() if name not in weights}
+    # Where transformers puts a layer for each expert, it looks for a weight of each, dense or packed.
+    one_by_one = [s for s in whole if s.as_layers]
+    for name in [parameter for s in one_by_one for parameter in s.parameters]:
+        del dense[name]
+    stored_names = tensor_names(model, {name: tensor.dim() for name, tensor in dense.items()})
+    tensors = {stored_names[name]: tensor for name, tensor in dense.items()}
+    for s in one_by_one:
+        for name, stored_name in s.names.items():
+            tensors[f"{stored_name}.weight"] = _of_its_own(weight_matrix(find_layer(model, name)))
+    for name, stored_name in linears.items():
+        own = stored_tensors(layers[name], packed[name])
+        tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
+    for name, stored_name in checkpoint_names(model, list(attentions)).items():
+        own = static_activations(attentions[name])
+        tensors |= {f"{stored_name}.{kind}": t for kind, t in own.items()}
+    _warn_of_broken_pair(packed)
+    _warn_of_failing_load(model, read)
+    _warn_of_other_dtypes({name: packed[name] for name in read})
+    config = quantization_config(model, read, apart, whole, attentions)
+    return StoredForm(tensors, {name: stored_names[name] for name in dense}, linears, config)
+
+
+def write_quantization_config(directory: Path, quantization: dict[str, Any]) -> None:
+    """Add it to the config that is in a directory."""
+    file = directory / CONFIG_FILE
+    config = json.loads(file.read_text())
+    config["quantization_config"] = quantization
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _readable(model: nn.Module, layers: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> dict[str, nn.Module]:
@@ -264,7 +311,7 @@ def _is_readable(layer: nn.Module, weight: PackedWeight) -> bool:
     return isinstance(layer, nn.Linear) and not few_rows
 
 
-def _stored_tensors(layer: nn.Module, weight: PackedWeight) -> dict[str, Tensor]:
+def stored_tensors(layer: nn.Module, weight: PackedWeight) -> dict[str, Tensor]:
     """All that a checkpoint holds of a quantized layer but its bias."""
     return {**weight.tensors(stored_format(scheme_of(layer))), **static_activations(layer)}
 
@@ -276,15 +323,13 @@ def _replace_weights(
     weights = {f"{name}.weight" for name in packed}
     tensors = {name: tensor for name, tensor in state.items() if name not in weights}
     for name, weight in packed.items():
-        own = _stored_tensors(layers[name], weight)
+        own = stored_tensors(layers[name], weight)
         tensors |= {f"{name}.{kind}": t for kind, t in own.items()}
     return tensors
 
 
-def _write_companions(model: nn.Module, draft: Path) -> None:
-    companions: Companions | None = getattr(model, "bitpress", None)
-    if companions is None:
-        return
+def write_companions(companions: Companions, draft: Path) -> None:
+    """Write what belongs beside a model's weights."""
     if companions.recipe:
         (draft / RECIPE_FILE).write_text(companions.recipe)
     if companions.report:
@@ -307,5 +352,5 @@ def _warn_of_broken_pair(packed: dict[str, PackedWeight]) -> None:
             f"transformers {transformers} with compressed-tensors {compressed} cannot load this asymmetric checkpoint "
             "(the load stops with a size mismatch of weight_zero_point). Load it with transformers 5.22.2, or with "
             "compressed-tensors 0.17.1.",
-            stacklevel=4,
+            stacklevel=5,
         )

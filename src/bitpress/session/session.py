@@ -69,6 +69,8 @@ class Session:
     def check(self) -> None:
         """What can be refused before any data is read: the model, targets, schemes, shapes, blocks.
 
+        Weights on the meta device have no values that could be refused.
+
         Raises:
             BitpressError: names the layer or field, and the way out.
         """
@@ -83,7 +85,8 @@ class Session:
             raise BitpressError("the recipe quantizes nothing: give a modifier scheme= or config_groups=.")
         layers = {name: find_layer(self.model, name) for name in schemes}
         for name, layer in layers.items():
-            check_finite(weight_matrix(layer), name)
+            if not weight_matrix(layer).is_meta:
+                check_finite(weight_matrix(layer), name)
         blocks = find_blocks(self.model, layers, self._sequential_targets)
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
         self.state.attentions = attentions
