@@ -47,12 +47,12 @@ def skeleton_of(path: Path, *, trust_remote_code: bool = False) -> Skeleton | No
     """
     try:
         return _built(path, trust_remote_code=trust_remote_code)
-    except _NeedsWeights as why:
+    except _NeedsWeightsError as why:
         logger.info("%s is loaded into memory: %s.", path, why)
         return None
 
 
-class _NeedsWeights(Exception):
+class _NeedsWeightsError(Exception):
     """Why the model has to be loaded."""
 
 
@@ -62,10 +62,10 @@ def _built(path: Path, *, trust_remote_code: bool) -> Skeleton:
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _NeedsWeights(f"transformers does not know it ({error})") from error
+        raise _NeedsWeightsError(f"transformers does not know it ({error})") from error
     model_class: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None or getattr(config, "quantization_config", None) is not None:
-        raise _NeedsWeights("its class is not transformers', or it is quantized already")
+        raise _NeedsWeightsError("its class is not transformers', or it is quantized already")
     shards = Shards.of(path)
     stored = {name: tensor.meta() for name, tensor in shards.items()}
     names = {_storage(tensor): name for name, tensor in stored.items()}
@@ -74,9 +74,9 @@ def _built(path: Path, *, trust_remote_code: bool) -> Skeleton:
             None, config=config, state_dict=dict(stored), dtype="auto", device_map={"": "meta"}
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise _NeedsWeights(f"transformers needs its weights to build it ({error})") from error
+        raise _NeedsWeightsError(f"transformers needs its weights to build it ({error})") from error
     if any(type(each).__name__ != "WeightRenaming" for each in getattr(model, "_weight_conversions", None) or ()):
-        raise _NeedsWeights("transformers joins or splits its tensors")
+        raise _NeedsWeightsError("transformers joins or splits its tensors")
     sources: dict[str, str] = {}
     state = model.state_dict()
     for name, tensor in state.items():
@@ -84,7 +84,7 @@ def _built(path: Path, *, trust_remote_code: bool) -> Skeleton:
         ways = [names.get(_storage(tensor), name), *_tied(model, name, state)]
         source = next((way for way in ways if way in stored and stored[way].shape == tensor.shape), None)
         if source is None or not tensor.is_meta:
-            raise _NeedsWeights(f"its checkpoint does not hold {name} as it is")
+            raise _NeedsWeightsError(f"its checkpoint does not hold {name} as it is")
         sources[name] = source
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)

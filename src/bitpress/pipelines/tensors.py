@@ -126,7 +126,6 @@ def _solve(
         for name in unit.layers:
             module, weight = find_layer(state.model, name), tensors[f"{name}.weight"]
             matrices[name] = as_parameter(module, weight)
-            check_finite(matrices[name], name)
         args = state.schemes[unit.layers[0]].weights if unit.layers else None
         shared = shared_global_scale(list(matrices.values()), args) if args and has_global_scale(args) else None
         for name, matrix in matrices.items():
@@ -148,13 +147,14 @@ def _quantized(
     """A layer's packed weight, and what the report says of it."""
     args = state.schemes[name].weights
     if states_observer(args) or _has_equal_points(matrix, args):
+        check_finite(matrix, name)
         ranges = observed_ranges(matrix, args, None, global_scale)
         quantized = state.owners[name].solve(matrix, args, None, ranges, global_scale)
         values = quantized.dequantize()
         found = QuantizedWeight.on_grid(values, quantized.scale, quantized.zero_point, args, quantized.global_scale)
         packed, error = found.pack(), relative_error(values, matrix)
     else:
-        packed, error = packed_to_nearest(matrix, args, global_scale)
+        packed, error = packed_to_nearest(matrix, args, global_scale, name)
     return packed, {"shape": list(matrix.shape), "bits": args.num_bits, "weight_error": error}
 
 

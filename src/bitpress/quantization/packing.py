@@ -37,9 +37,9 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
     words = torch.empty(rows, columns * bits // 32, dtype=torch.int32, device=values.device)
     step = max(1, CHUNK // max(1, columns))
     for part, out in zip(values.split(step), words.split(step), strict=True):
-        unsigned = (part + (-128 if bits == 8 else 1 << (bits - 1))).contiguous()
+        unsigned = (part + (-128 if bits == 8 else 1 << (bits - 1))).flatten()
         if bits == 8:
-            out.copy_(unsigned.view(torch.int32))
+            out.copy_(unsigned.view(torch.int32).view(out.shape))
             continue
         # The values of a byte side by side: each is moved to its place in the lowest byte, which alone is kept.
         wide, shifts = SHIFTS[bits]
@@ -47,7 +47,7 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
         moved = [together >> shift for shift in shifts]
         for each in moved:
             together |= each
-        out.view(torch.uint8).copy_(together)
+        out.view(torch.uint8).copy_(together.view(len(part), columns * bits // 8))
     return words
 
 

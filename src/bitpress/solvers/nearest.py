@@ -4,18 +4,20 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from bitpress.quantization.grid import CHUNK, block_shape, dequantize, group_view, points_dtype, round_to_points
+from bitpress.quantization.grid import block_shape, group_view, points_dtype, round_to_points
 from bitpress.quantization.packing import pack_points
 from bitpress.quantization.scales import affine_parameters, has_global_scale, shared_global_scale, step_sizes
-from bitpress.quantization.weights import PackedWeight
-from bitpress.solvers.ranges import round_to_nearest
+from bitpress.quantization.weights import PackedWeight, QuantizedWeight
+from bitpress.solvers.ranges import check_finite, round_to_nearest, weight_ranges
 
 # The error that is reported is an estimate from some rows of every so many.
 SAMPLED_ROWS = 16
+# Values in float32 that one step works on; fewer would cost more in calls than they save by staying in the cache.
+AT_ONCE = 1 << 19
 
 
 def packed_to_nearest(
-    weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None
+    weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None, name: str = "the layer"
 ) -> tuple[PackedWeight, float]:
     """What ``round_to_nearest(weight, args, weight.dtype).pack()`` gives, bit for bit, several times as fast.
 
@@ -23,86 +25,70 @@ def packed_to_nearest(
         weight: (out, in), any float dtype.
         args: the scheme.
         global_scale: (1,), float32: what scales are relative to; by default, where the scheme has one, the weight's.
+        name: of the layer, for errors.
 
     Returns:
         The weight's packed form, and the squared error relative to the weight's energy, by one row in sixteen.
+
+    Raises:
+        BitpressError: the weight holds NaN or infinite values.
     """
     if global_scale is None and has_global_scale(args):
         global_scale = shared_global_scale([weight], args)
+    if block_shape(args) is not None or args.strategy == QuantizationStrategy.TENSOR or not weight.numel():
+        check_finite(weight, name)
     if block_shape(args) is not None or not weight.numel():
         quantized = round_to_nearest(weight, args, weight.dtype, None, global_scale)
         return quantized.pack(), relative_error(quantized.dequantize(), weight)
-    scale, zero_point = _parameters(weight, args, global_scale)
-    steps = step_sizes(scale, global_scale).float()
-    offset = None if args.symmetric else zero_point.float()
-    scratch = _scratch(weight)
+    given = _of_all(weight, args, global_scale) if args.strategy == QuantizationStrategy.TENSOR else None
+    rows, columns = weight.shape
+    step = max(1, AT_ONCE // columns)
+    scratch = torch.empty(min(rows, step), columns, device=weight.device)
     points = torch.empty(scratch.shape, dtype=points_dtype(args), device=weight.device)
-    packed: Tensor | None = None
-    sampled = _Sampled()
-    for start in range(0, weight.shape[0], len(scratch)):
-        rows = slice(start, min(start + len(scratch), weight.shape[0]))
-        part = scratch[: rows.stop - start].copy_(weight[rows])
+    packed, scales, zero_points, kept = [], [], [], []
+    for start in range(0, rows, step):
+        given_rows = weight[start : start + step]
+        part = scratch[: len(given_rows)].copy_(given_rows)
         view = group_view(part, args)
-        view.div_(_of(steps, rows).unsqueeze(-1))
-        if offset is not None:
-            view.add_(_of(offset, rows).unsqueeze(-1))
+        if given is None:
+            low, high = view.amin(-1), view.amax(-1)
+            _check(low, high, weight, name)
+            scale, zero_point = affine_parameters(low, high, args, weight.dtype, global_scale)
+            scales.append(scale)
+            zero_points.append(zero_point)
+        else:
+            scale, zero_point = given
+        view.div_(step_sizes(scale, global_scale).float().unsqueeze(-1))
+        if not args.symmetric:
+            view.add_(zero_point.float().unsqueeze(-1))
         found = points[: len(part)].copy_(round_to_points(part, args))
-        of_part = pack_points(found, args)
-        if packed is None:
-            packed = of_part.new_empty(weight.shape[0], of_part.shape[1])
-        packed[rows] = of_part
-        some = slice(start + -start % SAMPLED_ROWS, rows.stop, SAMPLED_ROWS)
-        if some.start < some.stop:
-            at = _of(step_sizes(scale, global_scale), some), _of(zero_point, some)
-            values = dequantize(found[some.start - start :: SAMPLED_ROWS], at[0], at[1], args, scale.dtype)
-            sampled.add(values, weight[some])
-    assert packed is not None, "a weight without values has gone the other way"  # noqa: S101
-    shape = (weight.shape[0], weight.shape[1])
-    return PackedWeight(packed, shape, scale, zero_point, args, global_scale), sampled.relative
+        packed.append(pack_points(found, args))
+        kept.append(found[-start % SAMPLED_ROWS :: SAMPLED_ROWS].clone())
+        if packed[-1].data_ptr() == found.data_ptr():
+            packed[-1] = found.clone()
+    scale, zero_point = given or (torch.cat(scales), torch.cat(zero_points))
+    whole = PackedWeight(torch.cat(packed), (rows, columns), scale, zero_point, args, global_scale)
+    every = slice(None, None, SAMPLED_ROWS)
+    at_scale, at_zero = (scale, zero_point) if given else (scale[every], zero_point[every])
+    sampled = QuantizedWeight(torch.cat(kept), at_scale, at_zero, args, global_scale)
+    return whole, relative_error(sampled.dequantize(), weight[every])
 
 
 def relative_error(values: Tensor, weight: Tensor) -> float:
     """The squared error of ``values`` relative to the energy of ``weight``."""
-    sampled = _Sampled()
-    sampled.add(values, weight)
-    return sampled.relative
+    exact = weight.float()
+    energy = exact.square().sum().clamp(min=1e-30)
+    return float((values - exact).square_().sum() / energy)
 
 
-class _Sampled:
-    """Squared error and energy of the rows that have been seen."""
-
-    def __init__(self) -> None:
-        self.error = self.energy = 0.0
-
-    def add(self, values: Tensor, weight: Tensor) -> None:
-        exact = weight.float()
-        self.error += float(values.float().sub_(exact).square_().sum())
-        self.energy += float(exact.square_().sum())
-
-    @property
-    def relative(self) -> float:
-        return self.error / max(self.energy, 1e-30)
+def _of_all(weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One scale and zero point for all of the weight."""
+    ranges = [weight_ranges(rows.float(), args) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+    low, high = (torch.cat(each) for each in zip(*ranges, strict=True))
+    return affine_parameters(low.amin().reshape(1), high.amax().reshape(1), args, weight.dtype, global_scale)
 
 
-def _parameters(weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As :func:`bitpress.solvers.ranges.minmax_parameters`; only the ranges of some rows at a time are in float32."""
-    lows, highs = [], []
-    scratch = _scratch(weight)
-    for rows in weight.split(len(scratch)):
-        view = group_view(scratch[: len(rows)].copy_(rows), args)
-        lows.append(view.amin(-1))
-        highs.append(view.amax(-1))
-    low, high = torch.cat(lows), torch.cat(highs)
-    if args.strategy == QuantizationStrategy.TENSOR:
-        low, high = low.amin().reshape(1), high.amax().reshape(1)
-    return affine_parameters(low, high, args, weight.dtype, global_scale)
-
-
-def _scratch(weight: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    return torch.empty(min(rows, max(1, CHUNK // columns)), columns, device=weight.device)
-
-
-def _of(parameters: Tensor, rows: slice) -> Tensor:
-    """Those of some rows; one for all is everybody's."""
-    return parameters if parameters.shape == (1,) else parameters[rows]
+def _check(low: Tensor, high: Tensor, weight: Tensor, name: str) -> None:
+    """NaN and infinities are in the ranges of their groups: the weight itself need not be looked at."""
+    if not bool((high - low).sum().isfinite()):
+        check_finite(weight, name)
