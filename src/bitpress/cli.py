@@ -35,6 +35,7 @@ def oneshot(  # noqa: PLR0913, PLR0917
     ] = True,
     save_compressed: Annotated[bool, typer.Option(help="Packed weights, or dense ones.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a model in the output directory.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with what a killed run has left, or start over.")] = True,
     trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Compress MODEL by a recipe into a checkpoint."""

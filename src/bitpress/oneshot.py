@@ -46,6 +46,7 @@ def oneshot(  # noqa: PLR0913
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
     overwrite: bool = False,
+    resume: bool = True,
     trust_remote_code_model: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -81,6 +82,7 @@ def oneshot(  # noqa: PLR0913
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         overwrite: replace a model that is in ``output_dir``.
+        resume: where weights go from file to file, go on with what a run that was killed has left; False starts over.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
         progress: show it in the terminal; by default if there is one.
 
@@ -110,6 +112,7 @@ def oneshot(  # noqa: PLR0913
                 beside=beside,
                 sequential_targets=sequential_targets,
                 trust_remote_code=trust_remote_code_model,
+                resume=resume,
                 progress=progress,
             )
             if skeleton is not None:

@@ -61,7 +61,7 @@ def plan_checkpoint(
     """
     model: Any = skeleton.model
     for name, scheme in schemes.items():
-        find_layer(model, name).quantization_scheme = scheme  # type: ignore[assignment]
+        find_layer(model, name).quantization_scheme = scheme
     packed = _stand_ins(skeleton, schemes)
     form = stored_form(model, model.state_dict(), attached_layers(model), packed, {})
     if form.config is None:

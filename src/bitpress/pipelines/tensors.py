@@ -228,8 +228,8 @@ class _Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in range(BUFFERS):
-            self._buffers.put(None)
+        for none in [None] * BUFFERS:
+            self._buffers.put(none)
         self._pool.shutdown(cancel_futures=True)
 
 
