@@ -79,9 +79,10 @@ def _built(path: Path, *, trust_remote_code: bool) -> Skeleton:
         raise _NeedsWeightsError("transformers joins or splits its tensors")
     sources: dict[str, str] = {}
     state = model.state_dict()
+    tied = _tied(model, state)
     for name, tensor in state.items():
         # Where the dtype is another, transformers has made a tensor of its own; where it is tied, one for all.
-        ways = [names.get(_storage(tensor), name), *_tied(model, name, state)]
+        ways = [names.get(_storage(tensor), name), *tied[name]]
         source = next((way for way in ways if way in stored and stored[way].shape == tensor.shape), None)
         if source is None or not tensor.is_meta:
             raise _NeedsWeightsError(f"its checkpoint does not hold {name} as it is")
@@ -91,10 +92,13 @@ def _built(path: Path, *, trust_remote_code: bool) -> Skeleton:
     return Skeleton(model, sources, shards)
 
 
-def _tied(model: Any, name: str, names: Collection[str]) -> list[str]:
-    """Other names of the same parameter."""
-    own = model.get_parameter_or_buffer(name)
-    return [other for other in names if other != name and model.get_parameter_or_buffer(other) is own]
+def _tied(model: Any, names: Collection[str]) -> dict[str, list[str]]:
+    """All names of each tensor, by each of them."""
+    of: dict[int, list[str]] = {}
+    own = {name: id(model.get_parameter_or_buffer(name)) for name in names}
+    for name, tensor in own.items():
+        of.setdefault(tensor, []).append(name)
+    return {name: of[tensor] for name, tensor in own.items()}
 
 
 def _storage(tensor: Tensor) -> int:
