@@ -31,7 +31,8 @@ class Skeleton:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A tensor of the model's state, in the model's dtype; into ``out`` if it is stored in that."""
         source = self.sources[name]
-        dtype = self.model.state_dict()[name].dtype
+        model: Any = self.model
+        dtype = model.get_parameter_or_buffer(name).dtype
         stored = self.shards.read(source, out if self.shards[source].dtype == dtype else None)
         return stored if stored.dtype == dtype else stored.to(dtype)
 
