@@ -60,7 +60,14 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *options(folder, tmp_path / "out", recipe="w8a16", dataset="data"),
         *["--text-column", "prose", "--splits", "train[:3]", "--batch-size", "2", "--concatenate-data", "--seed", "7"],
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
-        *["--no-moe-calibrate-all-experts", "--arg", "group_size=64", "--arg", "ignore=[lm_head, 're:a=b']"],
+        *[
+            "--no-moe-calibrate-all-experts",
+            "--no-resume",
+            "--arg",
+            "group_size=64",
+            "--arg",
+            "ignore=[lm_head, 're:a=b']",
+        ],
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -78,6 +85,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "moe_calibrate_all_experts": False,
         "save_compressed": False,
         "overwrite": True,
+        "resume": False,
         "trust_remote_code_model": True,
     }
 
