@@ -1,4 +1,4 @@
-"""Several processes compress a model that stays on the disk: the first writes, all read, and a kill of all is no loss."""
+"""Several processes compress a model that stays on the disk: the first writes, all read, a kill of all is no loss."""
 
 from pathlib import Path
 
