@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,20 @@ from bitpress.ranks import among_ranks, current
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
+from bitpress.session.ondisk import OnDiskSession
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.session import parameters_bytes
 from bitpress.session.streaming import StreamedSession
+from bitpress.session.tensorwise import TensorwiseSession
 
 logger = logging.getLogger(__name__)
+
+# How a model can stay on the disk, by the pipeline that the user names; the first way that does is taken.
+WAYS: dict[str | None, tuple[type[OnDiskSession], ...]] = {
+    None: (TensorwiseSession, StreamedSession),
+    "datafree": (TensorwiseSession, StreamedSession),
+    "sequential": (StreamedSession,),
+}
 
 
 @among_ranks
@@ -98,7 +108,8 @@ def oneshot(  # noqa: PLR0913
         overwrite: replace a model that is in ``output_dir``.
         max_shard_size: of a file in ``output_dir``, in bytes or as "5GB".
         stream: never hold the model: read each block from the disk when it is its turn, and write it when it is solved.
-            By default whenever ``model`` is a name, ``output_dir`` is given and the recipe allows it; False loads the
+            Where each weight is rounded by itself, without data, no block is built: tensors go from file to file. By
+            default whenever ``model`` is a name, ``output_dir`` is given and the recipe allows it; False loads the
             model, True is an error where that is needed.
         resume: of a streamed run that was interrupted or killed: go on where it was. False starts over.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
@@ -149,7 +160,7 @@ def oneshot(  # noqa: PLR0913
     companions = Companions(steps.to_yaml(), processor or tokenizer)
     shown = progress if current().is_first else False
     if stream is not False:
-        streamed = _start_streamed(
+        streamed = _start_on_disk(
             model, steps, output, options, read_data, trust_remote_code_model, must=stream is True
         )
         if streamed is not None:
@@ -194,7 +205,7 @@ class _Destination:
         save(model, self.directory, save_compressed=self.compressed, overwrite=self.overwrite, **sharding)
 
 
-def _start_streamed(
+def _start_on_disk(
     model: Any,
     steps: Recipe,
     output: _Destination,
@@ -203,29 +214,36 @@ def _start_streamed(
     trust_remote_code: bool,
     *,
     must: bool,
-) -> StreamedSession | None:
+) -> OnDiskSession | None:
     """A session, ready to run, of a model that stays on the disk; None if it has to be loaded and ``must`` not stay.
 
     Raises:
         BitpressError: it must stay there, and cannot; or what :class:`Session` refuses.
     """
     possible = not isinstance(model, nn.Module) and output.directory is not None and output.compressed
-    if not possible or options["pipeline"] not in (None, "sequential"):
+    ways = WAYS.get(options["pipeline"], ())
+    if not possible or not ways:
         if must:
             raise BitpressError(
                 "stream=True needs the path or hub id of a model, output_dir, save_compressed=True and the sequential "
-                "pipeline."
+                "or datafree pipeline."
             )
         return None
     try:
         source = open_source(model, trust_remote_code=trust_remote_code)
-        session = StreamedSession(source, steps, max_shard_size=output.max_shard_size, **options)
-        session.start(read_data)
+        for way in ways[:-1]:
+            with suppress(CannotStreamError):
+                return _started(way(source, steps, max_shard_size=output.max_shard_size, **options), read_data)
+        return _started(ways[-1](source, steps, max_shard_size=output.max_shard_size, **options), read_data)
     except CannotStreamError as error:
         if must:
             raise
         logger.info("%s The model is loaded as a whole.", error)
         return None
+
+
+def _started(session: OnDiskSession, read_data: Callable[[nn.Module], CalibrationData | None]) -> OnDiskSession:
+    session.start(read_data)
     return session
 
 

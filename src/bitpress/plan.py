@@ -47,7 +47,7 @@ def plan(
     streamed, disk = True, 0
     try:
         session.check()
-        disk = session.output.layout.nbytes  # type: ignore[attr-defined]
+        disk = session.plan.layout.nbytes  # type: ignore[attr-defined]
     except CannotStreamError:
         session = Session(source.model, steps, on_disk=True)
         session.check()

@@ -484,7 +484,7 @@ def _fail(*_, **__):
 
 FAILURES = {
     "weights": (transformers_saving, "safe_save_file"),
-    "companions": (saving, "_write_companions"),
+    "companions": (saving, "write_companions"),
     "sync": (directories, "_sync"),
     "rename": (Path, "rename"),
 }

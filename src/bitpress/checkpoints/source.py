@@ -6,7 +6,7 @@ experts of a mixture are joined, as when it loads the model itself.
 
 import copy
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,31 @@ class Source:
     _together: dict[str, list[str]]  # the parameters that one conversion makes, by each of their names
     _loading: dict[str, Any]
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Parameters and buffers as transformers would load them, by their names; each has memory of its own."""
+    def origins(self, name: str) -> list[str]:
+        """The stored tensors that a parameter or buffer is made of; of an unclaimed tensor, itself."""
+        return self.parts.get(self.tied.get(name, name), [name])
+
+    def is_converted(self, name: str) -> bool:
+        """True for what is made of parts of stored tensors, or of several."""
+        return self.tied.get(name, name) in self._together
+
+    def read(self, names: Collection[str], out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers as transformers would load them, by their names; each has memory of its own.
+
+        Args:
+            names: of them.
+            out: by name, what to read a tensor into; used where it is stored as it is, in that dtype.
+        """
         values: dict[str, Tensor] = {}
+        into = {self.tied.get(name, name): tensor for name, tensor in (out or {}).items()}
         converted: list[str] = []
         for name in {self.tied.get(name, name) for name in names}:
             if name in self._together:
                 converted.append(name)
             else:
-                dtype = parameter_or_buffer(self.model, name).dtype
-                values[name] = self.shards.read(self.parts[name][0]).to(dtype)
+                stored, dtype = self.parts[name][0], parameter_or_buffer(self.model, name).dtype
+                fits = self.shards[stored].dtype == dtype
+                values[name] = self.shards.read(stored, into.get(name) if fits else None).to(dtype)
         if converted:
             values |= self._convert(converted)
         return {name: values[self.tied.get(name, name)] for name in names}

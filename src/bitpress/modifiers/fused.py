@@ -19,14 +19,19 @@ def choose_global_scales(state: State, block: Block) -> None:
     names, and for the others it costs nothing: a scale loses bits only where its group's values are 30,000 times as
     small as the greatest of all. It is taken from the weights as they are now, after all smoothing.
     """
-    families = defaultdict(list)
-    for name, layer in block.layers.items():
-        if name in state.schemes and name not in state.global_scales and has_global_scale(state.schemes[name].weights):
-            families[name.rpartition(".")[0], in_features(layer)].append(name)
-    for names in families.values():
+    for names in families(state, block):
         weights = [weight_matrix(block.layers[name]) for name in names]
         shared = shared_global_scale(weights, state.schemes[names[0]].weights)
         state.global_scales |= {name: shared.clone() for name in names}
+
+
+def families(state: State, block: Block) -> list[list[str]]:
+    """Layers of the block that are to share a global scale, and have none yet."""
+    found = defaultdict(list)
+    for name, layer in block.layers.items():
+        if name in state.schemes and name not in state.global_scales and has_global_scale(state.schemes[name].weights):
+            found[name.rpartition(".")[0], in_features(layer)].append(name)
+    return list(found.values())
 
 
 def together(state: State, names: Iterable[str]) -> list[list[str]]:

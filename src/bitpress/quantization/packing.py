@@ -1,8 +1,11 @@
-"""Floats of 4 and 6 bits, packed into bytes as compressed-tensors packs them."""
+"""Points without gaps between them, as compressed-tensors packs them."""
 
 import functools
+import sys
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
 from bitpress.quantization.grid import CHUNK, FLOATS
@@ -10,6 +13,42 @@ from bitpress.quantization.grid import CHUNK, FLOATS
 E4M3 = torch.float8_e4m3fn
 # Values that fill whole bytes, and how many bytes these are.
 UNITS = {4: (2, 1), 6: (4, 3)}
+
+# Integers that fill whole bytes: what is as wide as those that share one, and how far each goes to its place.
+SHIFTS = {2: (torch.int32, (6, 12, 18)), 4: (torch.int16, (4,))}
+
+
+def pack_points(points: Tensor, args: QuantizationArgs) -> Tensor:
+    """Points of a grid (out, in) as :attr:`bitpress.quantization.PackedWeight.packed` has them."""
+    if args.type == QuantizationType.INT:
+        return pack_integers(points, args.num_bits)
+    return points if args.num_bits == 8 else pack_floats(points, args.num_bits)
+
+
+def pack_integers(values: Tensor, bits: int) -> Tensor:
+    """Signed integers of ``bits`` bits (out, in), int8, as words: (out, ceil(in * bits / 32)), int32.
+
+    The first value has a word's lowest bits; the last word of a row is filled with zeros.
+    """
+    if bits not in (2, 4, 8) or sys.byteorder == "big" or values.shape[1] % (32 // bits):
+        packed: Tensor = pack_to_int32(values, bits)
+        return packed
+    rows, columns = values.shape
+    words = torch.empty(rows, columns * bits // 32, dtype=torch.int32, device=values.device)
+    step = max(1, CHUNK // max(1, columns))
+    for part, out in zip(values.split(step), words.split(step), strict=True):
+        unsigned = (part + (-128 if bits == 8 else 1 << (bits - 1))).flatten()
+        if bits == 8:
+            out.copy_(unsigned.view(torch.int32).view(out.shape))
+            continue
+        # The values of a byte side by side: each is moved to its place in the lowest byte, which alone is kept.
+        wide, shifts = SHIFTS[bits]
+        together = unsigned.view(wide)
+        moved = [together >> shift for shift in shifts]
+        for each in moved:
+            together |= each
+        out.view(torch.uint8).copy_(together.view(len(part), columns * bits // 8))
+    return words
 
 
 def pack_floats(points: Tensor, bits: int) -> Tensor:

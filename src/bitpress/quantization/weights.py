@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitpress.quantization.formats import LOOSE, weight_only_format
 from bitpress.quantization.grid import dequantize, integer_range, quantize
-from bitpress.quantization.packing import pack_floats, unpack_floats
+from bitpress.quantization.packing import pack_points, unpack_floats
 from bitpress.quantization.scales import read_scale, step_sizes, stored_scale
 
 
@@ -40,7 +40,7 @@ class QuantizedWeight:
     def pack(self) -> "PackedWeight":
         """The same weight in ``num_bits`` bits a value."""
         rows, columns = self.values.shape
-        packed = _pack(self.values, self.args)
+        packed = pack_points(self.values, self.args)
         return PackedWeight(packed, (rows, columns), self.scale, self.zero_point, self.args, self.global_scale)
 
     def _offset(self) -> Tensor | None:
@@ -156,13 +156,6 @@ class PackedWeight:
             words = zero_point.T.clone(memory_format=torch.contiguous_format)
             zero_point = unpack_from_int32(words, args.num_bits, torch.Size((scale.shape[-1], rows))).T.contiguous()
         return cls(stored["weight_packed"], (rows, columns), scale, zero_point, args)
-
-
-def _pack(values: Tensor, args: QuantizationArgs) -> Tensor:
-    if args.type != QuantizationType.INT:
-        return values if args.num_bits == 8 else pack_floats(values, args.num_bits)
-    packed: Tensor = pack_to_int32(values, args.num_bits)
-    return packed
 
 
 def _unpack(packed: Tensor, shape: tuple[int, int], args: QuantizationArgs) -> Tensor:

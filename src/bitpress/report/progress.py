@@ -31,5 +31,7 @@ def progress_display(total: int, *, show: bool | None = None) -> Iterator[Callab
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=total)
-        yield lambda step: bar.update(task, completed=step.done, description=f"{step.phase:<9} {step.block}")
+        yield lambda step: bar.update(
+            task, completed=step.done, total=step.total, description=f"{step.phase:<9} {step.block}"
+        )
         bar.update(task, completed=total, description="done")

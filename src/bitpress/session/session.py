@@ -160,7 +160,7 @@ class Session:
             wanted_statistics(self.state, self.recipe.modifiers),
             tokens=0 if data is None else data.tokens,
             per_token=bytes_per_token(self.state.blocks),
-            streamed=self.residence is not None,
+            streamed=self._on_disk,
         )
 
     def _dry_run(self, probe: Batch) -> list[str]:

@@ -5,6 +5,7 @@ from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
 from bitpress.solvers.correction import corrected_weight
 from bitpress.solvers.descent import coordinate_descent
 from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
+from bitpress.solvers.nearest import packed_to_nearest
 from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
 from bitpress.solvers.refine import Refined, refine_together
@@ -26,6 +27,7 @@ __all__ = [
     "gptq_together",
     "minmax_parameters",
     "output_error",
+    "packed_to_nearest",
     "refine_together",
     "refit_scales",
     "round_to_nearest",
