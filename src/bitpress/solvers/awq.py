@@ -91,7 +91,7 @@ def search_scales(
         duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
         ranks: those that share the search out, row by row; all of them are given the same and get the same.
     """
-    weights = [layer.weight.float() for layer in layers]
+    weights = [layer.weight for layer in layers]
     if channel_map is None:
         channel_map = torch.arange(gram.shape[0], device=gram.device)
     # Only channels that feed an input have a scale to be found.
@@ -144,15 +144,14 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
         mine, block = weight[ranks.part(0, len(weight), _height(layer))], block_shape(layer.args)
         if not mine.numel():
             continue
-        absolute = mine.abs()
+        absolute = mine.abs().float()
         if block is None:
             view = group_view(absolute, layer.args)
             greatest = view.amax(dim=-1, keepdim=True)
         else:
             view = absolute.unsqueeze(1)
             greatest = spread(weight_ranges(absolute, layer.args)[1], absolute.shape, block).unsqueeze(1)
-        relative = view / greatest.clamp_(min=torch.finfo(torch.float32).tiny)
-        total += relative.flatten(1).sum(0)
+        total += view.div_(greatest.clamp_(min=torch.finfo(torch.float32).tiny)).flatten(1).sum(0)
     ranks.sum([total])
     return total / sum(map(len, weights))
 
@@ -198,7 +197,7 @@ def column_peaks(layers: Sequence[BalanceWeight], weights: Sequence[Tensor]) -> 
     """The greatest magnitude of each column over all layers, (in,), if any of them has a global scale."""
     if not any(has_global_scale(layer.args) for layer in layers):
         return None
-    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    return torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
 
 
 def _height(layer: BalanceWeight) -> int:
@@ -230,14 +229,15 @@ def row_errors(
     ``peaks`` are those of :func:`column_peaks`, from which a candidate's global scale follows.
     """
     chosen_rows = weight[rows]
-    errors = weight.new_empty(len(scales), len(chosen_rows))
+    errors = gram.new_empty(len(scales), len(chosen_rows))
     if not errors.numel():
         return errors
-    whole = weight if layer.args.strategy == QuantizationStrategy.TENSOR else None
+    whole = weight.float() if layer.args.strategy == QuantizationStrategy.TENSOR else None
     globals_ = [_global_scale(layer, s, peaks) for s in scales]
     height = _height(layer)
     done = 0
-    for part in chosen_rows.split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
+    for stored in chosen_rows.split(max(1, SEARCH_CHUNK // weight.shape[1] // height) * height):
+        part = stored.float()
         buffer = part.new_empty(min(CANDIDATES, len(scales)), *part.shape)
         scratch = torch.empty_like(part)
         for first in range(0, len(scales), CANDIDATES):
