@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from task import TEXTS, arguments, figures, start
 
 PEERS = {
-    "llm-compressor awq": ("llmcompressor.py", "--algorithm", "awq"),
-    "llm-compressor awq+gptq": ("llmcompressor.py", "--algorithm", "awq+gptq"),
+    "llm-compressor awq": ("llm_compressor.py", "--algorithm", "awq"),
+    "llm-compressor awq+gptq": ("llm_compressor.py", "--algorithm", "awq+gptq"),
     "auto-round-50": ("autoround.py", "--iterations", "50"),
     "auto-round-200": ("autoround.py", "--iterations", "200"),
 }
