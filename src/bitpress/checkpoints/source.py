@@ -23,6 +23,10 @@ class CannotStreamError(BitpressError):
     """The model has to be loaded as a whole; the message says why."""
 
 
+class UnknownArchitectureError(CannotStreamError):
+    """transformers has no config of this kind."""
+
+
 @dataclass
 class Source:
     """A model without weights, and the files that they are in.
@@ -98,12 +102,12 @@ def open_source(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     """
     import transformers  # noqa: PLC0415
 
-    directory = _directory(source)
+    directory = directory_of(source)
     shards = Shards.of(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CannotStreamError(f"transformers reads no config of {directory}: {error}") from error
+        raise UnknownArchitectureError(f"transformers reads no config of {directory}: {error}") from error
     dtype = _dtype(config, shards)
     model = _skeleton(config, dtype, trust_remote_code=trust_remote_code)
     loading = _loading(model, dtype)
@@ -134,7 +138,8 @@ def open_source(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     return opened
 
 
-def _directory(source: str | os.PathLike[str]) -> Path:
+def directory_of(source: str | os.PathLike[str]) -> Path:
+    """The checkpoint's directory; a hub id's is fetched."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
