@@ -1,7 +1,7 @@
 """Time of data-free compression from file to file: against `cp`, against the model in memory, and against a peer.
 
-4-bit asymmetric groups of 128, the head dense. Each time is of a process of its own, from its last import until
-the bytes are on the disk; the ways take turns. Seconds of the processor are those of all threads.
+4-bit asymmetric groups of 128, the head dense. Each time is of a process of its own, from when it has imported all to
+when the bytes are on the disk; the ways take turns. Seconds of the processor are those of all threads.
 """
 
 import argparse

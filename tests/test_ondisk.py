@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from architectures import ARCHITECTURES
-from compressing import rtn, scheme, tokenizer
+from compressing import awq, rtn, scheme, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +190,62 @@ def test_what_no_module_claims_is_copied(tmp_path):
     on_disk(path, tmp_path / "out", rtn())
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in more.items())
+
+
+# What transformers does not know
+
+
+def of_names_alone(folder, known, **config):
+    """A checkpoint that only its names tell of."""
+    path = source(folder, known, torch.bfloat16, shards=SMALL_SHARD)
+    (path / "config.json").write_text(json.dumps({"model_type": "made-up", "hidden_size": 64, **config}))
+    (path / "notes.txt").write_text("ours")
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_unknown_architecture(tmp_path, family, caplog):
+    """The tensors are those that it would have if it were known."""
+    path = source(tmp_path / "known", family, torch.bfloat16)
+    on_disk(path, tmp_path / "expected", rtn())
+    with caplog.at_level(logging.INFO):
+        on_disk(of_names_alone(tmp_path, family), tmp_path / "out", rtn())
+    assert "14 weights are quantized by their names" in caplog.text
+    assert "model.embed_tokens" in caplog.text
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    of_known = json.loads((tmp_path / "expected" / "config.json").read_text())
+    assert config["quantization_config"] == of_known["quantization_config"]
+    assert config["model_type"] == "made-up"
+    assert (tmp_path / "out" / "notes.txt").read_text() == "ours"
+
+
+def test_names_and_patterns_of_an_unknown_architecture(tmp_path):
+    path = of_names_alone(tmp_path, "llama")
+    (path / "config.json").unlink()
+    groups = {"a": scheme(targets=["re:.*mlp.*", "model.layers.0.self_attn.q_proj"])}
+    recipe = [QuantizationModifier(config_groups=groups, ignore=["re:.*layers.1.*"])]
+    on_disk(path, tmp_path / "out", recipe)
+    packed = {name.removesuffix(".weight_packed") for name in Shards.of(tmp_path / "out") if "packed" in name}
+    mlp = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert packed == {"model.layers.0.self_attn.q_proj", *mlp}
+
+
+def test_an_unknown_architecture_cannot_be_calibrated(tmp_path):
+    with pytest.raises(CannotStreamError, match="more than one weight at a time"):
+        oneshot(of_names_alone(tmp_path, "llama"), None, awq(), output_dir=tmp_path / "out", stream=True)
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_guessed_around(tmp_path):
+    path = Path(of_names_alone(tmp_path, "llama"))
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitpressError, match="cannot be loaded"):
+        oneshot(path, None, rtn(), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # What needs the model

@@ -14,7 +14,8 @@ from bitpress.checkpoints import bind_save_pretrained, check_destination, save
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.pretrained import load_named
 from bitpress.checkpoints.saving import Companions
-from bitpress.checkpoints.source import CannotStreamError, open_source
+from bitpress.checkpoints.source import CannotStreamError, Source, UnknownArchitectureError, open_source
+from bitpress.checkpoints.unknown import open_by_names
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
@@ -230,7 +231,7 @@ def _start_on_disk(
             )
         return None
     try:
-        source = open_source(model, trust_remote_code=trust_remote_code)
+        source, ways = _open(model, ways, trust_remote_code)
         for way in ways[:-1]:
             with suppress(CannotStreamError):
                 return _started(way(source, steps, max_shard_size=output.max_shard_size, **options), read_data)
@@ -240,6 +241,18 @@ def _start_on_disk(
             raise
         logger.info("%s The model is loaded as a whole.", error)
         return None
+
+
+def _open(
+    model: str | os.PathLike[str], ways: tuple[type[OnDiskSession], ...], trust_remote_code: bool
+) -> tuple[Source, tuple[type[OnDiskSession], ...]]:
+    """The model on the disk, and the ways that are open to it."""
+    try:
+        return open_source(model, trust_remote_code=trust_remote_code), ways
+    except UnknownArchitectureError:
+        if TensorwiseSession not in ways:
+            raise
+        return open_by_names(model), (TensorwiseSession,)
 
 
 def _started(session: OnDiskSession, read_data: Callable[[nn.Module], CalibrationData | None]) -> OnDiskSession:

@@ -5,6 +5,7 @@ experts of a mixture are joined, as when it loads the model itself.
 """
 
 import copy
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from bitpress.errors import BitpressError
 
 class CannotStreamError(BitpressError):
     """The model has to be loaded as a whole; the message says why."""
+
+
+class UnknownArchitectureError(CannotStreamError):
+    """transformers has no config of this kind."""
 
 
 @dataclass
@@ -98,12 +103,13 @@ def open_source(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     """
     import transformers  # noqa: PLC0415
 
-    directory = _directory(source)
+    directory = directory_of(source)
     shards = Shards.of(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CannotStreamError(f"transformers reads no config of {directory}: {error}") from error
+        why = f"transformers reads no config of {directory}: {error}"
+        raise CannotStreamError(why) if _has_code(directory) else UnknownArchitectureError(why) from error
     dtype = _dtype(config, shards)
     model = _skeleton(config, dtype, trust_remote_code=trust_remote_code)
     loading = _loading(model, dtype)
@@ -134,7 +140,8 @@ def open_source(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     return opened
 
 
-def _directory(source: str | os.PathLike[str]) -> Path:
+def directory_of(source: str | os.PathLike[str]) -> Path:
+    """The checkpoint's directory; a hub id's is fetched."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -145,6 +152,14 @@ def _directory(source: str | os.PathLike[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CannotStreamError(f"{str(source)!r} is neither a directory nor found on the hub: {error}") from error
+
+
+def _has_code(directory: Path) -> bool:
+    """True if the checkpoint brings its own code: it is for the user to let it run, not for us to guess without it."""
+    try:
+        return "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _dtype(config: Any, shards: Shards) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import nn
 from bitpress.checkpoints.journal import Journal
 from bitpress.checkpoints.layout import ShardWriter
 from bitpress.checkpoints.saving import Companions, write_companions
+from bitpress.checkpoints.unknown import Unknown, log_choice
 from bitpress.pipelines import infer_pipeline
 from bitpress.pipelines.data import CalibrationData
 from bitpress.pipelines.solving import OnProgress
@@ -28,6 +29,8 @@ class TensorwiseSession(OnDiskSession):
     def check_possible(self) -> None:
         """See :meth:`OnDiskSession.check_possible`."""
         check_by_tensors(self.state, self.source)
+        if isinstance(self.model, Unknown):
+            log_choice(self.model, self.state.schemes)
 
     def start(self, read_data: Callable[[nn.Module], CalibrationData | None]) -> None:  # noqa: ARG002
         """Check; what data there is is not looked at."""
