@@ -281,7 +281,7 @@ def test_what_is_no_model(model):
 
 def test_a_path_without_a_model(tmp_path):
     for source in (tmp_path, tmp_path / "no", str(tmp_path / "no")):
-        with pytest.raises(BitpressError, match="cannot be loaded"):
+        with pytest.raises(BitpressError, match=r"cannot be loaded|holds no checkpoint"):
             oneshot(source, None, rtn(), output_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -330,6 +330,9 @@ def test_no_room_on_the_disk(from_path, tmp_path, monkeypatch):
         refused("no room on the disk: .* GB are free", model, token_ids(), awq(), tmp_path)
     if from_path:
         model.save_pretrained(tmp_path / "model")
+        # What a model that stays on the disk will take is known to the byte.
+        free = directory.SPARE_BYTES + 1000
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - free, free))
         with pytest.raises(BitpressError, match="no room on the disk"):
             oneshot(tmp_path / "model", token_ids(), awq(), output_dir=tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["model"]

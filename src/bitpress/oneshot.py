@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,14 +158,13 @@ def oneshot(  # noqa: PLR0913
             model=of,
         )
 
-    companions = Companions(steps.to_yaml(), processor or tokenizer)
     shown = progress if current().is_first else False
     if stream is not False:
         streamed = _start_on_disk(
             model, steps, output, options, read_data, trust_remote_code_model, must=stream is True
         )
         if streamed is not None:
-            path = output.check()
+            path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer)
             with progress_display(len(streamed.state.blocks), show=shown) as on_progress:
                 streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
             return streamed.model
@@ -177,7 +176,8 @@ def oneshot(  # noqa: PLR0913
     with progress_display(len(session.state.blocks), show=shown) as on_progress:
         session.run(on_progress)
     session.finalize()
-    bind_save_pretrained(model, replace(companions, report=summarize(session, session.data)))
+    report = summarize(session, session.data)
+    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report))
     output.write(model)
     return model
 
@@ -230,12 +230,13 @@ def _start_on_disk(
                 "or datafree pipeline."
             )
         return None
+    options = {**options, "max_shard_size": output.max_shard_size, "check_room": output.check}
     try:
         source, ways = _open(model, ways, trust_remote_code)
         for way in ways[:-1]:
             with suppress(CannotStreamError):
-                return _started(way(source, steps, max_shard_size=output.max_shard_size, **options), read_data)
-        return _started(ways[-1](source, steps, max_shard_size=output.max_shard_size, **options), read_data)
+                return _started(way(source, steps, **options), read_data)
+        return _started(ways[-1](source, steps, **options), read_data)
     except CannotStreamError as error:
         if must:
             raise

@@ -47,12 +47,14 @@ class OnDiskSession(Session):
         recipe: RecipeLike,
         *,
         max_shard_size: int | str = MAX_SHARD_SIZE,
+        check_room: Callable[[int], object] = lambda _: None,
         residence: Residence | None = None,
         **options: Any,
     ) -> None:
         super().__init__(source.model, recipe, residence=residence, on_disk=True, **options)
         self.source = source
         self._max_shard_size = max_shard_size
+        self._check_room = check_room
         self._options = options
 
     def check(self) -> None:
@@ -65,6 +67,7 @@ class OnDiskSession(Session):
         self.check_possible()
         expected = expected_activations(self.state)
         self.plan = Planned.of(self.source, self.state.schemes, self.state.attentions, expected, self._max_shard_size)
+        self._check_room(self.plan.layout.nbytes)
 
     def check_possible(self) -> None:
         """Refuse what cannot be done this way, once layers, schemes and blocks are known.
