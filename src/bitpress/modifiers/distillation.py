@@ -1,5 +1,7 @@
 """DistillationModifier: tune the scales of the solved model until it predicts what the original does."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from bitpress.errors import BitpressError
@@ -25,7 +27,7 @@ class DistillationModifier(Modifier):
     activations are not simulated.
 
     Attributes:
-        epochs: passes over the calibration batches; by default 1 for grids of 4 bits or more, 2 for 3 bits and 3 for 2:
+        epochs: passes over the calibration batches; "auto" is 1 for grids of 4 bits or more, 2 for 3 bits and 3 for 2:
             what few samples teach is soon learned by heart, but coarser grids have more to learn.
         learning_rate: of Adam, for the factors' logarithms on a grid of 4 bits; greater on coarser ones, by as much
             as their steps are. It falls linearly to 0.
@@ -34,7 +36,7 @@ class DistillationModifier(Modifier):
             blocks for one batch instead.
     """
 
-    epochs: int | None = Field(default=None, ge=1)
+    epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     learning_rate: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.125, gt=0, lt=1)
     gradient_checkpointing: bool = True
@@ -51,5 +53,5 @@ class DistillationModifier(Modifier):
         if state.tuning is not None:
             raise BitpressError("the recipe has two DistillationModifiers: state one.")
         coarsest = min((int(s.weights.num_bits) for s in state.schemes.values()), default=ENOUGH_FOR_ONE)
-        epochs = self.epochs or 1 + max(0, ENOUGH_FOR_ONE - coarsest)
+        epochs = 1 + max(0, ENOUGH_FOR_ONE - coarsest) if self.epochs == "auto" else self.epochs
         state.tuning = Tuning(epochs, self.learning_rate, self.held_out, self.gradient_checkpointing)
