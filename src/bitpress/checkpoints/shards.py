@@ -114,35 +114,14 @@ class Shards(Mapping[str, StoredTensor]):
             BitpressError: the file has been changed since its header was read, or cannot be read.
         """
         tensor = self[name]
-        return self._read(name, tensor.start, tensor.shape, out)
-
-    def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Some rows of a tensor: what ``read(name)[start:stop]`` would be, without the others."""
-        tensor = self[name]
-        rows, *rest = tensor.shape
-        if not 0 <= start <= stop <= rows:
-            raise IndexError(f"{name} has {rows} rows, not {start} to {stop}")
-        return self._read(name, tensor.start + start * (tensor.nbytes // max(1, rows)), (stop - start, *rest), out)
-
-    def prefetch(self, name: str) -> None:
-        """Have the system read a tensor ahead, where it can."""
-        tensor = self[name]
-        if hasattr(os, "posix_fadvise"):
-            descriptor = self._open(tensor.file)
-            try:
-                os.posix_fadvise(descriptor, tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-
-    def _read(self, name: str, start: int, shape: tuple[int, ...], out: Tensor | None) -> Tensor:
-        tensor = self[name]
-        if out is not None and (out.dtype != tensor.dtype or tuple(out.shape) != shape):
-            raise ValueError(f"{name} is {tensor.dtype} {shape}, what it is to be read into {out.dtype} {out.shape}")
+        if out is not None and (out.dtype != tensor.dtype or tuple(out.shape) != tensor.shape):
+            stored = f"{tensor.dtype} {tensor.shape}"
+            raise ValueError(f"{name} is {stored}, what it is to be read into {out.dtype} {out.shape}")
         fits = out is not None and out.device.type == "cpu" and out.is_contiguous()
-        into = out if fits and out is not None else torch.empty(shape, dtype=tensor.dtype)
+        into = out if fits and out is not None else torch.empty(tensor.shape, dtype=tensor.dtype)
         descriptor = self._open(tensor.file)
         try:
-            _fill(memory_of(into), descriptor, start)
+            _fill(memory_of(into), descriptor, tensor.start)
         except OSError as error:
             raise BitpressError(f"{tensor.file} cannot be read at {name!r}: {error.strerror or error}.") from error
         finally:

@@ -158,6 +158,11 @@ class _Schedule:
         forward.resume(output)
         self.movable[forward] = hidden_state(forward.call, output)
 
+    def _stop(self, forward: PausedForward) -> None:
+        """Give a forward up, and let go of what it waits with."""
+        forward.stop()
+        self.movable.pop(forward, None)
+
     def _rest(self, index: int) -> None:
         """A batch waits: what with may go to the disk."""
         storages = [storage for forward in self._of(index) for storage in self.movable.get(forward, ())]
@@ -226,7 +231,7 @@ class _Schedule:
         if original is None:
             return
         if original.at is not block:
-            self.originals.pop(index).stop()
+            self._stop(self.originals.pop(index))
             self.lost += 1
             return
         call = original.waiting_for
@@ -238,7 +243,7 @@ class _Schedule:
             output = self.points.run(block, call)
         if self.ends:
             # What is behind the last block, a head over all words, would be computed for nothing.
-            original.stop()
+            self._stop(original)
         else:
             self._resume(original, output)
 
