@@ -1,7 +1,9 @@
 """Peak memory and time of streamed compression, on a Llama of random weights that is bigger than what it may take.
 
 Each line is a process of its own; peak memory is all that it ever held (VmHWM): interpreter, libraries and file pages
-included. The checkpoint is made once, block by block, in ``--directory``.
+included; on a GPU also what torch ever took there. The checkpoint is made once, block by block, in ``--directory``.
+
+On a GPU, a Llama of 8 billion weights: --shape 8b --layers 32 --samples 256 --device cuda
 """
 
 import argparse
@@ -12,22 +14,24 @@ import sys
 import time
 from pathlib import Path
 
-VOCABULARY, WIDTH, MLP, HEADS, GROUPS = 32000, 2048, 5632, 32, 8
+# Vocabulary, width, width of the MLP, heads, heads of keys
+SHAPES = {"2048": (32000, 2048, 5632, 32, 8), "8b": (128256, 4096, 14336, 32, 8)}
 
 
-def make(directory: Path, layers: int) -> Path:
+def make(directory: Path, layers: int, shape: str = "2048") -> Path:
     """A bfloat16 Llama checkpoint of random weights, in shards of a block each."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    path = directory / f"llama-{layers}x{WIDTH}"
+    vocabulary, width, mlp, heads, groups = SHAPES[shape]
+    path = directory / f"llama-{layers}x{width}"
     if (path / "model.safetensors.index.json").is_file():
         return path
     path.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=GROUPS, tie_word_embeddings=False, dtype="bfloat16",
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=False, dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(path)
@@ -38,13 +42,13 @@ def make(directory: Path, layers: int) -> Path:
 
     def block(i: int) -> dict[str, torch.Tensor]:
         at = f"model.layers.{i}."
-        keys = WIDTH // HEADS * GROUPS
+        keys = width // heads * groups
         shapes = {
-            "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (keys, WIDTH), "self_attn.v_proj": (keys, WIDTH),
-            "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (MLP, WIDTH), "mlp.up_proj": (MLP, WIDTH),
-            "mlp.down_proj": (WIDTH, MLP),
+            "self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width), "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width),
+            "mlp.down_proj": (width, mlp),
         }  # fmt: skip
-        norms = {f"{at}{n}.weight": 1 + weight(WIDTH) for n in ("input_layernorm", "post_attention_layernorm")}
+        norms = {f"{at}{n}.weight": 1 + weight(width) for n in ("input_layernorm", "post_attention_layernorm")}
         return {**{f"{at}{n}.weight": weight(*shape) for n, shape in shapes.items()}, **norms}
 
     names = {}
@@ -54,9 +58,9 @@ def make(directory: Path, layers: int) -> Path:
             block(i)
             if i < layers
             else {
-                "model.embed_tokens.weight": weight(VOCABULARY, WIDTH),
-                "model.norm.weight": 1 + weight(WIDTH),
-                "lm_head.weight": weight(VOCABULARY, WIDTH),
+                "model.embed_tokens.weight": weight(vocabulary, width),
+                "model.norm.weight": 1 + weight(width),
+                "lm_head.weight": weight(vocabulary, width),
             }
         )
         save_file(tensors, path / file, metadata={"format": "pt"})
@@ -75,18 +79,24 @@ def run(args: argparse.Namespace) -> None:
     from bitpress.modifiers import AWQModifier, QuantizationModifier
 
     loaded = time.perf_counter() - began
-    ids = torch.randint(0, VOCABULARY, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, SHAPES[args.shape][0], (args.samples, args.length), generator=torch.Generator().manual_seed(1)
+    )
     recipe = [AWQModifier(), QuantizationModifier(scheme="W4A16_ASYM", ignore=["lm_head"])]
     began = time.perf_counter()
     model = oneshot(
         str(args.model), ids.tolist(), recipe, output_dir=args.output, stream=args.run == "streamed", overwrite=True,
-        max_seq_length=args.length, num_calibration_samples=args.samples, progress=False,
+        max_seq_length=args.length, num_calibration_samples=args.samples, progress=False, device=args.device,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     figures = {"run": args.run, "layers": model.config.num_hidden_layers, "threads": args.threads}
     figures |= {"seconds": round(seconds, 1), "import_seconds": round(loaded, 1)}
     figures["peak_gb"] = round(int(status["VmHWM"].split()[0]) * 1024 / 1e9, 3)
+    figures |= {"device": args.device, "samples": args.samples, "length": args.length}
+    if args.device != "cpu":
+        figures["device_peak_gb"] = round(torch.cuda.max_memory_reserved(args.device) / 1e9, 3)
+        figures["device"] = torch.cuda.get_device_name(args.device)
     print("RESULT", json.dumps({**figures, "phases": model.bitpress.report["seconds"]}), flush=True)
 
 
@@ -95,6 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="with room for the checkpoints")
     parser.add_argument("--layers", type=int, nargs="*", default=[24, 48])
+    parser.add_argument("--shape", choices=SHAPES, default="2048")
+    parser.add_argument("--kinds", nargs="*", choices=["streamed", "memory"], help="by default both, of the first")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("BENCH_THREADS", "2")))
@@ -106,11 +119,12 @@ def main() -> None:
         run(args)
         return
     for layers in args.layers:
-        model = make(args.directory, layers)
-        kinds = ["streamed", "memory"] if layers == args.layers[0] else ["streamed"]
+        model = make(args.directory, layers, args.shape)
+        kinds = args.kinds or (["streamed", "memory"] if layers == args.layers[0] else ["streamed"])
         for kind in kinds:
             output = args.directory / f"{model.name}-{kind}"
             options = ["--samples", args.samples, "--length", args.length, "--threads", args.threads]
+            options += ["--shape", args.shape, "--device", args.device]
             command = [sys.executable, __file__, "--directory", args.directory, "--run", kind, "--model", model]
             subprocess.run([str(part) for part in [*command, "--output", output, *options]], check=True)
         if len(kinds) > 1:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from bitpress import AWQModifier, BitpressError, DistillationModifier, GPTQModif
 from bitpress.checkpoints.source import CannotStreamError, open_source
 from bitpress.models.blocks import Call
 from bitpress.models.residence import Residence
-from bitpress.pipelines.spilling import Spill, hidden_state
+from bitpress.modifiers import State
+from bitpress.pipelines.spilling import Spill, hidden_state, make_spill
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
 
 # transformers does not know the one, and makes up weights of the other.
@@ -322,7 +324,7 @@ def test_what_needs_the_whole_model_loads_it(tmp_path, caplog):
 
 def test_too_little_memory_is_refused_with_the_way_out(tmp_path, monkeypatch):
     source = stored(llama(), tmp_path / "model")
-    monkeypatch.setattr("bitpress.session.preflight.free_memory", lambda: 1000)
+    monkeypatch.setattr("bitpress.session.preflight.free_memory", lambda _: 1000)
     with pytest.raises(BitpressError, match=r"are free .*: .*(sequential_targets|activations)"):
         interruptible(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -341,8 +343,8 @@ def test_a_plan_counts_what_is_there(tmp_path):
     assert needs.disk == (out / "model.safetensors").stat().st_size
 
 
-@given(rows=st.integers(2, 40), columns=st.integers(1, 40), half=st.booleans())
-def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns, half):
+@given(rows=st.integers(2, 40), columns=st.integers(1, 40), half=st.booleans(), on_disk=st.booleans())
+def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns, half, on_disk):
     hidden = torch.randn(rows, columns).to(torch.bfloat16 if half else torch.float32)
     before, seen = hidden.clone(), hidden[1:]
     call = Call((hidden, torch.ones(3, 3)), {})
@@ -350,7 +352,7 @@ def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns,
 
     least, spilling.LEAST_BYTES = spilling.LEAST_BYTES, 1
     try:
-        spill = Spill(tmp_path_factory.getbasetemp())
+        spill = Spill(tmp_path_factory.getbasetemp() if on_disk else None)
         spill.out(0, hidden_state(call, None))
         assert hidden.untyped_storage().nbytes() == 0
         spill.back(0)
@@ -360,6 +362,100 @@ def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns,
     assert torch.equal(seen, before[1:])
     assert torch.equal(call.args[1], torch.ones(3, 3))
     spill.close()
+
+
+class Held:
+    """As much of a storage as says where it is, and how large."""
+
+    def __init__(self, device, nbytes):
+        self.device, self._nbytes = torch.device(device), nbytes
+
+    def nbytes(self):
+        return self._nbytes
+
+
+@pytest.mark.parametrize(
+    ("on", "device", "stated", "goes_to"),
+    [
+        ("cpu", 10_000, None, None),
+        ("cpu", 300, None, "disk"),
+        ("cpu", 300, "memory", None),
+        ("cpu", 10_000, "disk", "disk"),
+        ("cuda:1", 10_000, None, None),
+        ("cuda:1", 300, None, "host"),
+        ("cuda:1", 300, "memory", "host"),
+        ("cuda:1", 10_000, "memory", None),
+        ("cuda:1", 10_000, "disk", "disk"),
+    ],
+)
+def test_activations_go_where_there_is_room(on, device, stated, goes_to, tmp_path, monkeypatch):
+    free = {on: device, **({} if on == "cpu" else {"cpu": 10_000})}
+    monkeypatch.setattr("bitpress.pipelines.spilling.free_memory", lambda place: free[str(place)])
+    state = State(nn.Linear(2, 2), {}, {}, [], activations_on=stated, scratch=tmp_path)
+    spill = make_spill(state, [Held(on, 100)], 4)
+    assert (None if spill is None else "host" if spill._directory is None else "disk") == goes_to
+
+
+def test_activations_that_no_memory_has_room_for_go_to_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitpress.pipelines.spilling.free_memory", lambda _: 1000)
+    state = State(nn.Linear(2, 2), {}, {}, [], scratch=tmp_path)
+    assert make_spill(state, [Held("cuda:0", 100)], 4)._directory == tmp_path
+
+
+def test_blocks_are_read_ahead_by_another_thread(tmp_path, monkeypatch):
+    source = stored(llama(), tmp_path / "model")
+    asked, threads = [], set()
+
+    class Ahead(Residence):
+        def __init__(self, model, read, device, _):
+            super().__init__(model, read, device, self.read_ahead)
+
+        def read_ahead(self, names):
+            threads.add(threading.current_thread())
+            asked.append({name.split(".")[2] for name in names})
+            return self._read(names)
+
+    recipe = lambda: [AWQModifier(), QuantizationModifier(**four_bits(), ignore=["lm_head"])]  # noqa: E731
+    bitpress.oneshot(source, tokens(), recipe(), output_dir=tmp_path / "plain", progress=False)
+    monkeypatch.setattr("bitpress.session.streaming.Residence", Ahead)
+    bitpress.oneshot(source, tokens(), recipe(), output_dir=tmp_path / "ahead", progress=False)
+    assert files(tmp_path / "ahead", "report.json") == files(tmp_path / "plain", "report.json")
+    assert threading.main_thread() not in threads
+    assert {"0"} in asked
+    assert {"1"} in asked
+
+
+def test_what_a_thread_fails_to_read_ahead_is_said(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta"))
+
+    def fail(_):
+        raise BitpressError("the disk is gone")
+
+    residence = Residence(
+        model, lambda names: {n: torch.zeros(model.get_parameter(n).shape) for n in names}, "cpu", fail
+    )
+    residence.expect(["0", "1"])
+    with residence.present("0"):
+        assert not model[0].weight.is_meta
+    with pytest.raises(BitpressError, match="disk is gone"), residence.present("1"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("cuda:99", "cannot be used here"), ("gpu", "cannot be used here"), ("meta", "computes nothing")],
+)
+def test_a_device_that_is_not_there(device, says, tmp_path):
+    source = stored(llama(), tmp_path / "model")
+    with pytest.raises(BitpressError, match=says):
+        bitpress.oneshot(source, tokens(), "w4a16-fast", output_dir=tmp_path / "out", device=device)
+    with pytest.raises(BitpressError, match=says):
+        bitpress.plan(source, "w4a16-fast", device=device)
+
+
+def test_a_module_is_computed_where_it_is():
+    with pytest.raises(BitpressError, match="move the module"):
+        bitpress.oneshot(llama(), tokens(), "w4a16-fast", device="cpu")
 
 
 def test_what_others_may_hold_stays_in_memory():

@@ -36,6 +36,9 @@ def oneshot(  # noqa: PLR0913, PLR0917
     activations: Annotated[
         str | None, typer.Option(help="Where waiting batches keep theirs: memory or disk; by default what fits.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where it is computed: cpu, cuda, cuda:1; by default a GPU if there is one.")
+    ] = None,
     stream: Annotated[
         bool | None, typer.Option(help="Never hold the model; by default wherever the recipe allows it.")
     ] = None,
@@ -67,6 +70,7 @@ def plan(
     arg: Annotated[list[str] | None, typer.Option(help="An argument of the recipe: NAME=VALUE. Repeatable.")] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Sequences.")] = 512,
     max_seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    device: Annotated[str | None, typer.Option(help="Where it would be computed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
     trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
@@ -84,6 +88,7 @@ def plan(
             recipe_args=parse_assignments(arg or []),
             num_calibration_samples=num_calibration_samples,
             max_seq_length=max_seq_length,
+            device=device,
             trust_remote_code_model=trust_remote_code_model,
         )
     except package.BitpressError as error:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 # Where Linux says what a container may take, and what it takes.
 _LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -10,8 +12,15 @@ _LIMITS = (
 )
 
 
-def free_memory() -> int:
-    """Bytes that this process can still take without the system swapping, or ending it."""
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process can still take without the system swapping, or ending it.
+
+    Args:
+        device: whose memory; where a device does not tell, it is taken to have enough.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        return _free_on(device)
     free = _available()
     for limit, used in _LIMITS:
         stated, taken = _number(limit), _number(used)
@@ -20,9 +29,20 @@ def free_memory() -> int:
     return free
 
 
-def process_memory() -> int:
+def process_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process holds in memory now; 0 where the system does not say."""
-    return _field("/proc/self/status", "VmRSS") or 0
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _field("/proc/self/status", "VmRSS") or 0
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free_on(device: torch.device) -> int:
+    """What the device has free, and what torch has taken of it but does not use."""
+    if device.type != "cuda":
+        return 1 << 62
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _available() -> int:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from bitpress.checkpoints import bind_save_pretrained, check_destination, save
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE
-from bitpress.checkpoints.pretrained import load_named
+from bitpress.checkpoints.pretrained import load_named, split_gguf
 from bitpress.checkpoints.saving import Companions
 from bitpress.checkpoints.source import CannotStreamError, Source, UnknownArchitectureError, open_source
 from bitpress.checkpoints.unknown import open_by_names
@@ -23,9 +24,9 @@ from bitpress.ranks import among_ranks, current
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
+from bitpress.session.devices import find_device, move, parameters_bytes
 from bitpress.session.ondisk import OnDiskSession
 from bitpress.session.recipe import RecipeLike
-from bitpress.session.session import parameters_bytes
 from bitpress.session.streaming import StreamedSession
 from bitpress.session.tensorwise import TensorwiseSession
 
@@ -61,6 +62,7 @@ def oneshot(  # noqa: PLR0913
     moe_calibrate_all_experts: bool = True,
     moe_min_tokens: int = MIN_TOKENS,
     activations: Literal["memory", "disk"] | None = None,
+    device: torch.device | str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
     overwrite: bool = False,
@@ -80,7 +82,8 @@ def oneshot(  # noqa: PLR0913
     error that names it.
 
     Args:
-        model: a module, changed in place; or the path or hub id of a transformers model.
+        model: a module, changed in place; or the path or hub id of a transformers model; or a GGUF file, which
+            transformers dequantizes to float32.
         dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a
             hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
             takes. Not needed by recipes without statistics.
@@ -103,7 +106,11 @@ def oneshot(  # noqa: PLR0913
         moe_min_tokens: an expert that saw fewer tokens is solved from what all experts of its layer saw, and listed in
             the report.
         activations: where batches that wait for their turn keep their activations: "memory" or "disk"; by default on
-            the disk where they would take more than a quarter of the free memory.
+            the disk where they would take more than a quarter of the free memory. Those of a GPU go to the host's
+            memory before they go to the disk.
+        device: where a model that is given by its name is computed, "cuda:1" for instance; by default a CUDA device if
+            there is one (each process of torchrun its own), or the CPU. Of a streamed model one block at a time is
+            there. A module is computed where it is.
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         overwrite: replace a model that is in ``output_dir``.
@@ -125,6 +132,9 @@ def oneshot(  # noqa: PLR0913
     """
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
+    if isinstance(model, nn.Module) and device is not None:
+        raise BitpressError("device= is for a model that is given by its path: move the module itself there.")
+    place = find_device(device)
     steps = Recipe.of(recipe, recipe_args)
     output = _Destination(output_dir, save_compressed, overwrite, max_shard_size)
     output.check()
@@ -161,7 +171,7 @@ def oneshot(  # noqa: PLR0913
     shown = progress if current().is_first else False
     if stream is not False:
         streamed = _start_on_disk(
-            model, steps, output, options, read_data, trust_remote_code_model, must=stream is True
+            model, steps, output, {**options, "device": place}, read_data, trust_remote_code_model, must=stream is True
         )
         if streamed is not None:
             path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer)
@@ -169,7 +179,7 @@ def oneshot(  # noqa: PLR0913
                 streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
             return streamed.model
     if not isinstance(model, nn.Module):
-        model = load_named(model, trust_remote_code=trust_remote_code_model)
+        model = move(load_named(model, trust_remote_code=trust_remote_code_model), place, stated=device is not None)
     output.check(needed=parameters_bytes(model))
     session = Session(model, steps, **options)
     session.start(read_data)
@@ -267,8 +277,9 @@ def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
         return given
     import transformers  # noqa: PLC0415
 
+    place, file = split_gguf(given)
     try:
-        return getattr(transformers, kind).from_pretrained(os.fspath(given), trust_remote_code=trust_remote_code)
+        return getattr(transformers, kind).from_pretrained(place, trust_remote_code=trust_remote_code, **file)
     except (OSError, ValueError) as error:
         raise BitpressError(f"{kind} finds nothing in {str(given)!r}: {error}") from error
 

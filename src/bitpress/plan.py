@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from bitpress.checkpoints.source import CannotStreamError, open_source
 from bitpress.modifiers import QuantizationModifier
 from bitpress.session import Recipe
+from bitpress.session.devices import find_device
 from bitpress.session.preflight import MODEL, Needs, estimate
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.session import Session
@@ -22,6 +25,7 @@ def plan(
     recipe_args: Mapping[str, Any] | None = None,
     num_calibration_samples: int = 512,
     max_seq_length: int = 2048,
+    device: torch.device | str | None = None,
     trust_remote_code_model: bool = False,
 ) -> Needs:
     """What :func:`bitpress.oneshot` of a model on the disk would need; only the headers of its files are read.
@@ -32,6 +36,7 @@ def plan(
         recipe_args: see :func:`bitpress.oneshot`.
         num_calibration_samples: sequences.
         max_seq_length: tokens of each.
+        device: see :func:`bitpress.oneshot`.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
 
     Returns:
@@ -42,8 +47,9 @@ def plan(
         BitpressError: what :func:`bitpress.oneshot` would refuse of the model, its files or the recipe.
     """
     steps = Recipe.of(recipe, recipe_args)
+    place = find_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code_model)
-    session: Session = StreamedSession(source, steps)
+    session: Session = StreamedSession(source, steps, device=place)
     streamed, disk = True, 0
     try:
         session.check()
@@ -63,5 +69,6 @@ def plan(
         per_token=width * next(first).element_size(),
         streamed=streamed,
         disk=disk,
+        device=place,
     )
     return needs if streamed else replace(needs, memory={MODEL: source.shards.nbytes, **needs.memory})

@@ -28,12 +28,33 @@ def load_pretrained(source: str | os.PathLike[str], **options: Any) -> nn.Module
     """The model of a path or hub id, of the class that its config names; a causal language model if it names none."""
     import transformers  # noqa: PLC0415
 
-    trust = {k: v for k, v in options.items() if k in ("trust_remote_code", "revision", "token", "cache_dir")}
-    config = transformers.AutoConfig.from_pretrained(os.fspath(source), **trust)
+    place, file = split_gguf(source)
+    options |= file
+    known = ("trust_remote_code", "revision", "token", "cache_dir", *file)
+    config = transformers.AutoConfig.from_pretrained(place, **{k: v for k, v in options.items() if k in known})
     named = getattr(transformers, (config.architectures or [""])[0], None)
     loader: Any = named or transformers.AutoModelForCausalLM
-    model: nn.Module = loader.from_pretrained(os.fspath(source), **options)
-    return model
+    model: Any = loader.from_pretrained(place, **options)
+    if file:
+        _forget_quantization(model)
+    loaded: nn.Module = model
+    return loaded
+
+
+def split_gguf(source: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
+    """How transformers is asked for what a path or hub id names: of a GGUF file its directory, and its name."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return os.fspath(source), {}
+
+
+def _forget_quantization(model: Any) -> None:
+    """Of a model that transformers has read from a GGUF file: it says that it is quantized, and is not any more."""
+    model.config.__dict__.pop("quantization_config", None)
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False
 
 
 def load_named(source: Any, *, trust_remote_code: bool = False) -> nn.Module:

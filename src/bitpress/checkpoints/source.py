@@ -79,6 +79,15 @@ class Source:
             values |= self._convert(converted)
         return {name: values[self.tied.get(name, name)] for name in names}
 
+    def read_pinned(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of ``names`` that are stored as they are, in pinned memory; it touches nothing of the model."""
+        plain = [name for name in names if not self.is_converted(name)]
+        out = {}
+        for name in plain:
+            stored = self.shards[self.parts[self.tied.get(name, name)][0]]
+            out[name] = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=torch.cuda.is_available())
+        return self.read(plain, out)
+
     def _convert(self, names: Collection[str]) -> dict[str, Tensor]:
         every = {together for name in names for together in self._together[name]}
         stored = dict.fromkeys(part for name in every for part in self.parts[name])
@@ -145,6 +154,8 @@ def directory_of(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise CannotStreamError(f"{path} is a file: what is streamed is a directory with safetensors files.")
     import huggingface_hub  # noqa: PLC0415
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*.py"]

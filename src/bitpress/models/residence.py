@@ -1,6 +1,7 @@
 """Parameters that are read when a part of the model is used, and dropped after it: the model stays on the disk."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,16 +20,37 @@ class Residence:
     Between uses they are on the meta device. Modules outside of the blocks (an embedding, a head) have theirs from when
     they are called until the next block is needed.
 
+    Buffers are on the device from the start.
+
+    Args:
+        model: with parameters on the meta device.
+        read: makes parameters, on the CPU, by their names in the model.
+        device: where parameters are when they are used.
+        read_ahead: called by another thread with the names in the block that comes next, while this one is used: those
+            of them that can be read so. None to read when they are needed, which holds one block and not two.
+
     Attributes:
         device: where parameters are when they are used.
     """
 
-    def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, read: Read, device: torch.device | str = "cpu", read_ahead: Read | None = None
+    ) -> None:
         self.model, self.device = model, torch.device(device)
         self._read = read
+        self._ahead = None if read_ahead is None else _Ahead(read_ahead)
+        self._order: list[str] = []
         self._used: dict[str, int] = {}
         self._held: dict[str, dict[str, nn.Parameter | None]] = {}
         self._running: set[str] = set()
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def expect(self, order: Sequence[str]) -> None:
+        """Say in which order :meth:`present` will be asked for modules: what comes next can be read ahead."""
+        self._order = list(order)
 
     @contextmanager
     def present(self, name: str) -> Iterator[None]:
@@ -38,6 +60,7 @@ class Residence:
         try:
             if self._used[name] == 1:
                 self._bring(name, recurse=True)
+                self._look_ahead(name)
             yield
         finally:
             self._used[name] -= 1
@@ -82,13 +105,24 @@ class Residence:
     def _called(self, name: str, *_: Any) -> None:
         self._running.discard(name)
 
-    def _bring(self, name: str, *, recurse: bool) -> None:
+    def _look_ahead(self, name: str) -> None:
+        """Have the block after this one read meanwhile; after the last comes the first, of the next phase."""
+        if self._ahead is not None and name in self._order:
+            after = self._order[(self._order.index(name) + 1) % len(self._order)]
+            if after not in self._held:
+                self._ahead.start(after, list(self._parameters(after, recurse=True)))
+
+    def _parameters(self, name: str, *, recurse: bool) -> dict[str, nn.Parameter]:
         module = self.model.get_submodule(name)
-        absent = dict(module.named_parameters(prefix=name, recurse=recurse, remove_duplicate=False))
-        values = self._read(list(absent))
+        return dict(module.named_parameters(prefix=name, recurse=recurse, remove_duplicate=False))
+
+    def _bring(self, name: str, *, recurse: bool) -> None:
+        module, absent = self.model.get_submodule(name), self._parameters(name, recurse=recurse)
+        values = dict(self._ahead.take(name)) if self._ahead is not None else {}
+        values |= self._read([n for n in absent if n not in values])
         present: dict[int, nn.Parameter] = {}  # what is shared within the module stays shared
         for parameter_name, parameter in absent.items():
-            value = values[parameter_name].to(self.device)
+            value = values[parameter_name].to(self.device, non_blocking=True)
             put = present.setdefault(id(parameter), nn.Parameter(value, requires_grad=parameter.requires_grad))
             self._put(parameter_name, put)
         self._held[name] = dict(absent)
@@ -102,6 +136,28 @@ class Residence:
     def _put(self, name: str, parameter: nn.Parameter | None) -> None:
         owner, _, local = name.rpartition(".")
         self.model.get_submodule(owner)._parameters[local] = parameter
+
+
+class _Ahead:
+    """Reads one block while another is worked on."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(1, "bitpress-read-ahead")
+        self._name = ""
+        self._found: Future[Mapping[str, Tensor]] | None = None
+
+    def start(self, name: str, names: Collection[str]) -> None:
+        """Read what is in the block of that name; what was read of another is let go."""
+        if name != self._name:
+            self._name, self._found = name, self._pool.submit(self._read, names)
+
+    def take(self, name: str) -> Mapping[str, Tensor]:
+        """What has been read of the block; nothing if it was not foreseen."""
+        if name != self._name or self._found is None:
+            return {}
+        found, self._name, self._found = self._found, "", None
+        return found.result()
 
 
 def _embedding(model: Any) -> nn.Module | None:

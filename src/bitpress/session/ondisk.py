@@ -49,6 +49,7 @@ class OnDiskSession(Session):
         max_shard_size: int | str = MAX_SHARD_SIZE,
         check_room: Callable[[int], object] = lambda _: None,
         residence: Residence | None = None,
+        device: torch.device | str = "cpu",  # noqa: ARG002
         **options: Any,
     ) -> None:
         super().__init__(source.model, recipe, residence=residence, on_disk=True, **options)
@@ -119,6 +120,7 @@ class OnDiskSession(Session):
             "blocks": [block.name for block in self.state.blocks],
             "max_shard_size": self._max_shard_size,
             "threads": torch.get_num_threads(),
+            "device": self.device.type,
             "ranks": self.state.ranks.size,
             "versions": {name: version(name) for name in LIBRARIES},
         }

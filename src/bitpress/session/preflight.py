@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +31,8 @@ class Needs:
         disk: bytes of the checkpoint; 0 if none is written, or that is not known.
         blocks: how many blocks are solved one after the other.
         layers: how many layers are quantized.
+        ways: what would make it fit, by what takes the memory.
+        device: whose memory; what a device has no room for of the activations goes to the host.
     """
 
     memory: Mapping[str, int]
@@ -38,6 +41,7 @@ class Needs:
     blocks: int = 0
     layers: int = 0
     ways: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def peak(self) -> int:
@@ -61,18 +65,27 @@ class Needs:
         Raises:
             BitpressError: says what takes most, and the setting that would make it fit.
         """
-        needed, free = sum(self.memory.values()), free_memory()
+        if self.device == "cpu":
+            self._check(self.memory, self.device)
+            return
+        self._check({name: size for name, size in self.memory.items() if name != ACTIVATIONS}, self.device)
+        self._check({name: size for name, size in self.memory.items() if name == ACTIVATIONS}, "cpu")
+
+    def _check(self, memory: Mapping[str, int], device: str) -> None:
+        needed, free = sum(memory.values()), free_memory(device)
         if needed <= free:
             return
-        most = sorted(self.memory, key=lambda name: -self.memory[name])
-        parts = ", ".join(f"{name} {self.memory[name] / 1e9:.2f} GB" for name in most)
+        most = sorted(memory, key=lambda name: -memory[name])
+        parts = ", ".join(f"{name} {memory[name] / 1e9:.2f} GB" for name in most)
         way = next((self.ways[name] for name in most if name in self.ways), "use a machine with more memory")
+        where = "" if device == "cpu" else f" of {device}"
         raise BitpressError(
-            f"this would need {needed / 1e9:.2f} GB of memory more, and {free / 1e9:.2f} GB are free ({parts}): {way}."
+            f"this would need {needed / 1e9:.2f} GB of memory{where} more, and {free / 1e9:.2f} GB are free "
+            f"({parts}): {way}."
         )
 
     def _available(self) -> int:
-        return self.held + free_memory()
+        return self.held + free_memory(self.device)
 
 
 MODEL, ACTIVATIONS, STATISTICS, SOLVING, BLOCK, RESULT = (
@@ -93,6 +106,7 @@ def estimate(
     per_token: int,
     streamed: bool,
     disk: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Needs:
     """What a session that has been checked will need.
 
@@ -103,14 +117,18 @@ def estimate(
         per_token: bytes of a token between two blocks; see :func:`bytes_per_token`.
         streamed: the model is on the disk.
         disk: bytes of the checkpoint.
+        device: where it is computed.
     """
+    device = torch.device(device)
+    # On a device the next block is read while one is worked on.
+    blocks_held = 1 if device.type == "cpu" else 2
     largest = max(_bytes(block.module) for block in state.blocks)
     layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
     asks = any(wanted.values())
     activations = 0 if not asks or state.activations_on == "disk" else tokens * per_token
     solved = [_solving(layer, asks=bool(wanted[name])) for name, layer in layers.items()]
     memory = {
-        BLOCK: largest if streamed else 0,
+        BLOCK: blocks_held * largest if streamed else 0,
         ACTIVATIONS: activations,
         STATISTICS: max(_statistics(block, state.inputs, wanted) for block in state.blocks),
         SOLVING: max(solved, default=0) + (0 if streamed else largest),
@@ -122,11 +140,12 @@ def estimate(
     ways[BLOCK] = ways[STATISTICS] = "state smaller blocks with sequential_targets"
     return Needs(
         {name: size for name, size in memory.items() if size},
-        process_memory(),
+        process_memory(device),
         disk,
         len(state.blocks),
         len(layers),
         ways,
+        str(device),
     )
 
 

@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -78,6 +78,13 @@ class Session:
         self.data: CalibrationData | None = None
         self._order: list[str] = []
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        if self.residence is not None:
+            return self.residence.device
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
     def check(self) -> None:
         """What can be refused before any data is read: the model, targets, schemes, shapes, blocks.
 
@@ -98,6 +105,7 @@ class Session:
         for name, layer in {} if self._on_disk else layers.items():
             check_finite(weight_matrix(layer), name)
         if self.residence is not None:
+            self.residence.expect([block.name for block in blocks])
             for block in blocks:
                 block.presence = self.residence.present
         self.state = State(self.model, schemes, owners, blocks, seed=self._seed, min_expert_tokens=self._min_tokens)
@@ -161,6 +169,7 @@ class Session:
             tokens=0 if data is None else data.tokens,
             per_token=bytes_per_token(self.state.blocks),
             streamed=self._on_disk,
+            device=self.device,
         )
 
     def _dry_run(self, probe: Batch) -> list[str]:
@@ -250,15 +259,7 @@ class Session:
 
     def _prepared(self, batch: Batch) -> Batch:
         """On the model's device, and without a cache: a block is run more than once."""
-        of_model = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        device = of_model if self.residence is None else self.residence.device
-        batch = batch.to(device)
+        batch = batch.to(self.device)
         if "use_cache" in inspect.signature(self.model.forward).parameters and "use_cache" not in batch.kwargs:
             return Batch(batch.args, {**batch.kwargs, "use_cache": False})
         return batch
-
-
-def parameters_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and persistent buffers, shared ones once."""
-    tensors: dict[int, Any] = {t.data_ptr(): t for t in model.state_dict().values() if isinstance(t, torch.Tensor)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitpress.checkpoints.journal import Journal
 from bitpress.checkpoints.output import Output
 from bitpress.checkpoints.saving import Companions, write_companions
@@ -18,8 +20,13 @@ from bitpress.session.recipe import RecipeLike
 class StreamedSession(OnDiskSession):
     """One compression of a model of which one block is in memory at a time."""
 
-    def __init__(self, source: Source, recipe: RecipeLike, **options: Any) -> None:
-        super().__init__(source, recipe, residence=Residence(source.model, source.read), **options)
+    def __init__(
+        self, source: Source, recipe: RecipeLike, *, device: torch.device | str = "cpu", **options: Any
+    ) -> None:
+        # On a CPU the files are in the system's cache or on a disk that this process waits for anyway.
+        ahead = None if torch.device(device).type == "cpu" else source.read_pinned
+        residence = Residence(source.model, source.read, device, ahead)
+        super().__init__(source, recipe, residence=residence, **options)
 
     def check_possible(self) -> None:
         """See :meth:`OnDiskSession.check_possible`."""

@@ -19,7 +19,15 @@ from bitpress.session.ondisk import OnDiskSession, Summary
 
 
 class TensorwiseSession(OnDiskSession):
-    """One compression by a recipe that rounds each weight by itself, of which a few are in memory at a time."""
+    """One compression by a recipe that rounds each weight by itself, of which a few are in memory at a time.
+
+    The CPU does it, faster than most disks deliver.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """See :attr:`Session.device`."""
+        return torch.device("cpu")
 
     def check(self) -> None:
         """See :meth:`OnDiskSession.check`."""

@@ -18,6 +18,8 @@ from bitpress.ranks import Ranks
 
 # Columns of a panel of the Gram product: wide enough for the matrix kernel, narrow enough to skip nearly half.
 PANEL = 192
+DEVICE_PANEL = 2048
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Statistic(enum.Flag):
@@ -64,16 +66,18 @@ class InputStatistics:
 
         ``held_out`` rows count in all statistics, and in :attr:`held_out_gram` where that is wanted.
         """
-        x = x.reshape(-1, self.features).float()
+        given = x.reshape(-1, self.features)
+        x = given.float()
         self.rows += x.shape[0]
         if not x.shape[0]:
             return
         self._mirrored.clear()
+        factor = given if given.is_cuda and given.dtype in HALVES else x
         if self._lower is not None:
-            _add_gram(self._lower, x)
+            _add_gram(self._lower, factor)
         if self._held_out is not None and held_out:
             self.held_out_rows += x.shape[0]
-            _add_gram(self._held_out, x)
+            _add_gram(self._held_out, factor)
         if self._low is not None and self._high is not None:
             low, high = torch.aminmax(x, dim=0)
             torch.minimum(self._low, low, out=self._low)
@@ -270,21 +274,33 @@ def merge_all(statistics: dict[str, InputStatistics], ranks: Ranks, device: Call
 
 def _panels(lower: Tensor) -> list[Tensor]:
     """What is kept of a symmetric matrix."""
-    stops = [min(start + PANEL, len(lower)) for start in range(0, len(lower), PANEL)]
-    return [lower[start:stop, :stop] for start, stop in zip(range(0, len(lower), PANEL), stops, strict=True)]
+    return [lower[start:stop, :stop] for start, stop in _bounds(lower)]
+
+
+def _bounds(lower: Tensor) -> list[tuple[int, int]]:
+    """Where each panel begins and ends."""
+    width = PANEL if lower.device.type == "cpu" else DEVICE_PANEL
+    return [(start, min(start + width, len(lower))) for start in range(0, len(lower), width)]
 
 
 def _add_gram(lower: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` to panels on and below the diagonal."""
-    for start in range(0, len(lower), PANEL):
-        stop = min(start + PANEL, len(lower))
-        lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+    """Add ``x^T x`` to panels on and below the diagonal.
+
+    A product of two values of 16 bits is exact in float32. Where a device sums such products in float32 the result is
+    that of float32 throughout but for the order of the sum, at many times the speed: within ``rows * 2^-23`` of the sum
+    of magnitudes, as with float32.
+    """
+    for start, stop in _bounds(lower):
+        first, second = x[:, start:stop].T, x[:, :stop]
+        if x.dtype in HALVES:
+            lower[start:stop, :stop] += torch.mm(first, second, out_dtype=torch.float32)
+        else:
+            lower[start:stop, :stop].addmm_(first, second)
 
 
 def _mirror(lower: Tensor) -> None:
     """The panels above the diagonal from those below, in place."""
-    for start in range(0, len(lower), PANEL):
-        stop = min(start + PANEL, len(lower))
+    for start, stop in _bounds(lower):
         lower[start:stop, stop:] = lower[stop:, start:stop].T
 
 
