@@ -18,7 +18,7 @@ from bitpress.checkpoints.stored import Stored
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import weight_matrix
 from bitpress.quantization import PackedWeight, QuantizationScheme, has_global_scale, stored_format
-from bitpress.solvers import round_to_nearest
+from bitpress.solvers import packed_to_nearest
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _packed_ones(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) ->
         weight = weight_matrix(find_layer(model, name))
         key = f"{tuple(weight.shape)} {weight.dtype} {scheme.weights.model_dump_json()}"
         if key not in known:
-            ones = torch.ones(weight.shape, dtype=weight.dtype)
+            ones = torch.ones(1, dtype=weight.dtype).expand(weight.shape)
             share = torch.ones(1) if has_global_scale(scheme.weights) else None
-            known[key] = round_to_nearest(ones, scheme.weights, weight.dtype, None, share).pack()
+            known[key], _ = packed_to_nearest(ones, scheme.weights, share)
         found[name] = known[key]
     return found
 

@@ -24,8 +24,13 @@ def is_read_by_its_parent(model: nn.Module, name: str) -> bool:
 
 @functools.cache
 def _source(kind: Any) -> str:
+    """The code of a class's own methods: that of the class itself is found only by parsing all of its file."""
+    return "".join(map(_source_of, filter(inspect.isfunction, vars(kind).values())))
+
+
+def _source_of(function: Any) -> str:
     try:
-        return inspect.getsource(kind)
+        return inspect.getsource(function)
     except (OSError, TypeError):
         return ""
 

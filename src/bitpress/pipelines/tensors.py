@@ -1,12 +1,13 @@
 """Weights quantized from shard to shard: no model is built, and no more is in memory than a few layers.
 
-While one tensor is worked on the next is read and the last is written, each by a thread of its own.
+Each thread reads a tensor, works on it and writes it: no core waits for another.
 """
 
 import itertools
-import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,8 @@ from bitpress.solvers.nearest import relative_error
 
 # Bytes read between two lines of the journal: what is done again after a kill, at most.
 BETWEEN_LINES = 256 << 20
-# Tensors that are read, worked on or written at a time.
-BUFFERS = 4
+# Threads at most, each with a tensor in memory.
+WORKERS = 8
 _ALIGNED = 64
 # In the journal: tensors of the model's state that were read, and what the report says of layers.
 READ = "read"
@@ -92,10 +93,17 @@ class _Group:
     units: list[_Unit]
     checksums: dict[str, str] = field(default_factory=dict)
     layers: dict[str, Any] = field(default_factory=dict)
+    done: int = 0
 
     @property
     def name(self) -> str:
         return self.units[0].names[0]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """For the journal."""
+        read = [name for unit in self.units for name in unit.names]
+        return {READ: read, CHECKSUMS: self.checksums, LAYERS: self.layers}
 
 
 def run_by_tensors(
@@ -111,44 +119,105 @@ def run_by_tensors(
     done = {name for entry in journal.verify(writer).values() for name in entry[READ]}
     left = [unit for unit in _units(state, plan) if not done.issuperset(unit.names)]
     groups = list(_groups(left, plan.source))
-    with _Reader(plan.source, left) as reader, _Writing(writer) as writing:
-        for index, group in enumerate(groups):
-            on_progress(Progress(index, len(groups), group.name, "solve"))
-            for unit in group.units:
-                _solve(state, plan, reader, writing, group, unit)
-            writing.finish(group, journal)
+    count = 0
+    with _Workers(state, plan, writer, journal) as workers, state.watch.phase("solve"):
+        for finished in as_completed([workers.submit(group, unit) for group in groups for unit in group.units]):
+            count += 1
+            on_progress(Progress(count, len(left), finished.result(), "solve"))
     if writer.missing():
         raise RuntimeError(f"{writer.missing()[0]} was not written")
-    for entry in journal.entries.values():
-        for name, record in entry[LAYERS].items():
-            state.layer_records[name] = {**record, "shape": tuple(record["shape"])}
+    records = {name: record for entry in journal.entries.values() for name, record in entry[LAYERS].items()}
+    for name in (name for name in state.schemes if name in records):
+        state.layer_records[name] = {**records[name], "shape": tuple(records[name]["shape"])}
 
 
-def _solve(state: State, plan: Planned, reader: "_Reader", writing: "_Writing", group: _Group, unit: _Unit) -> None:
-    with state.watch.phase("read"):
-        tensors, release = reader.next()
-    written: dict[str, Tensor] = {}
+class _Workers:
+    """Threads that each take a unit from the files to the checkpoint, and one that notes which groups are done."""
+
+    def __init__(self, state: State, plan: Planned, writer: ShardWriter, journal: Journal) -> None:
+        self._state, self._plan, self._writer, self._journal = state, plan, writer, journal
+        self._reader = _Reader(plan.source)
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        self._noted: list[Future[None]] = []
+
+    def __enter__(self) -> "_Workers":
+        count = min(WORKERS, torch.get_num_threads())
+        self._threads = _threads_of_torch(torch.get_num_threads() // count)
+        self._threads.__enter__()
+        self._pool = ThreadPoolExecutor(count, "bitpress-tensors")
+        self._notes = ThreadPoolExecutor(1, "bitpress-journal")
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None:
+            self._failed.set()
+        self._pool.shutdown(cancel_futures=kind is not None)
+        self._notes.shutdown()
+        self._threads.__exit__(None, None, None)
+        for noted in self._noted if kind is None else ():
+            noted.result()
+
+    def submit(self, group: _Group, unit: _Unit) -> "Future[str]":
+        """Have a unit done; its name is what comes of it."""
+        return self._pool.submit(self._do, group, unit)
+
+    def _do(self, group: _Group, unit: _Unit) -> str:
+        if self._failed.is_set():
+            return unit.names[0]
+        try:
+            written, layers = _solve(self._state, self._plan, unit, self._reader.read(unit))
+            checksums = {name: self._writer.write(name, tensor) for name, tensor in written.items()}
+        except BaseException:
+            self._failed.set()
+            raise
+        with self._lock:
+            group.checksums |= checksums
+            group.layers |= layers
+            group.done += 1
+            if group.done == len(group.units):
+                self._noted.append(self._notes.submit(self._note, group))
+        return unit.names[0]
+
+    def _note(self, group: _Group) -> None:
+        """Note that a group is done, once it is on the disk."""
+        self._writer.sync()
+        self._journal.record(group.name, group.line)
+
+
+@contextmanager
+def _threads_of_torch(count: int) -> Iterator[None]:
+    """Inside the ``with`` threads that begin there use so many of torch's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _solve(
+    state: State, plan: Planned, unit: _Unit, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is to be written of a unit, and what the report says of its layers."""
     if not unit.layers:
         dense = plan.stored.dense if unit.claimed else {}
-        written = {dense.get(name, name): tensor for name, tensor in tensors.items()}
-    with state.watch.phase("solve"):
-        matrices = {}
-        for name in unit.layers:
-            module, weight = find_layer(state.model, name), tensors[f"{name}.weight"]
-            matrices[name] = as_parameter(module, weight)
-        args = state.schemes[unit.layers[0]].weights if unit.layers else None
-        shared = shared_global_scale(list(matrices.values()), args) if args and has_global_scale(args) else None
-        for name, matrix in matrices.items():
-            packed, figures = _quantized(state, name, matrix, shared)
-            layer = find_layer(plan.saved, name)
-            if name in plan.stored.layers:
-                own = stored_tensors(layer, packed)
-                written |= {f"{plan.stored.layers[name]}.{kind}": tensor for kind, tensor in own.items()}
-            else:
-                values = as_parameter(layer, packed.unpack().dequantize())
-                written[plan.stored.dense[f"{name}.weight"]] = values
-            group.layers[name] = figures
-    writing.write(group, written, release)
+        return {dense.get(name, name): tensor for name, tensor in tensors.items()}, {}
+    written: dict[str, Tensor] = {}
+    records = {}
+    matrices = {n: as_parameter(find_layer(state.model, n), tensors[f"{n}.weight"]) for n in unit.layers}
+    args = state.schemes[unit.layers[0]].weights
+    shared = shared_global_scale(list(matrices.values()), args) if has_global_scale(args) else None
+    for name, matrix in matrices.items():
+        packed, records[name] = _quantized(state, name, matrix, shared)
+        layer = find_layer(plan.saved, name)
+        if name in plan.stored.layers:
+            own = stored_tensors(layer, packed)
+            written |= {f"{plan.stored.layers[name]}.{kind}": tensor for kind, tensor in own.items()}
+        else:
+            values = as_parameter(layer, packed.unpack().dequantize())
+            written[plan.stored.dense[f"{name}.weight"]] = values
+    return written, records
 
 
 def _quantized(
@@ -203,92 +272,28 @@ def _groups(units: Sequence[_Unit], source: Source) -> Iterator[_Group]:
 
 
 class _Reader:
-    """Reads ahead into a few buffers that are used again and again: fresh memory costs more than reading does."""
+    """Reads into a buffer that each thread uses again and again: fresh memory costs more than reading does."""
 
-    def __init__(self, source: Source, units: Sequence[_Unit]) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
-        self._buffers: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-        for _ in range(BUFFERS):
-            self._buffers.put(torch.empty(0, dtype=torch.uint8))
-        self._pool = ThreadPoolExecutor(1, "bitpress-read")
-        self._read = iter([self._pool.submit(self._of, unit) for unit in units])
+        self._of_thread = threading.local()
+        self._converting = threading.Lock()
 
-    def next(self) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """The tensors of the next unit, and what is to be called when they are not needed any more."""
-        return next(self._read).result()
-
-    def _of(self, unit: _Unit) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        buffer = self._buffers.get()
-        if buffer is None:
-            raise RuntimeError("the run has ended")
-        stored = unit.stored(self._source) if unit.claimed and len(unit.names) == len(unit.stored(self._source)) else []
+    def read(self, unit: _Unit) -> dict[str, Tensor]:
+        """The tensors of a unit; the next call in this thread overwrites them."""
+        if not unit.claimed:
+            return {name: self._source.shards.read(name) for name in unit.names}
+        stored = unit.stored(self._source) if len(unit.names) == len(unit.stored(self._source)) else []
         starts = list(itertools.accumulate((-(-t.nbytes // _ALIGNED) * _ALIGNED for t in stored), initial=0))
-        memory = torch.empty(starts[-1], dtype=torch.uint8) if buffer.numel() < starts[-1] else buffer
+        memory = getattr(self._of_thread, "memory", None)
+        if memory is None or memory.numel() < starts[-1]:
+            memory = self._of_thread.memory = torch.empty(starts[-1], dtype=torch.uint8)
         out = {
             name: memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for name, tensor, start in zip(unit.names, stored, starts, strict=False)
             if tensor.nbytes
         }
-        if unit.claimed:
-            found = self._source.read(unit.names, out)
-        else:
-            found = {name: self._source.shards.read(name) for name in unit.names}
-        return found, lambda: self._buffers.put(memory)
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for none in [None] * BUFFERS:
-            self._buffers.put(none)
-        self._pool.shutdown(cancel_futures=True)
-
-
-class _Writing:
-    """Writes behind."""
-
-    def __init__(self, writer: ShardWriter) -> None:
-        self._writer = writer
-        self._pool = ThreadPoolExecutor(1, "bitpress-write")
-        self._pending: list[Future[None]] = []
-        self._failed = False
-
-    def write(self, group: _Group, tensors: Mapping[str, Tensor], release: Callable[[], None]) -> None:
-        """Write tensors, and then let go of what they were read into."""
-        self._submit(lambda: self._write(group, tensors, release))
-
-    def _write(self, group: _Group, tensors: Mapping[str, Tensor], release: Callable[[], None]) -> None:
-        try:
-            for name, tensor in tensors.items():
-                group.checksums[name] = self._writer.write(name, tensor)
-        except BaseException:
-            self._failed = True
-            raise
-        finally:
-            release()
-
-    def finish(self, group: _Group, journal: Journal) -> None:
-        """Note that a group is done, once it is on the disk."""
-        self._submit(lambda: self._finish(group, journal))
-
-    def _finish(self, group: _Group, journal: Journal) -> None:
-        if self._failed:
-            return
-        self._writer.sync()
-        read = [name for unit in group.units for name in unit.names]
-        journal.record(group.name, {READ: read, CHECKSUMS: group.checksums, LAYERS: group.layers})
-
-    def _submit(self, task: Callable[[], None]) -> None:
-        for done in [each for each in self._pending if each.done()]:
-            self._pending.remove(done)
-            done.result()
-        self._pending.append(self._pool.submit(task))
-
-    def __enter__(self) -> "_Writing":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            for each in self._pending:
-                each.result()
+        # What is made of several tensors is put together in the model.
+        converts = any(self._source.is_converted(name) for name in unit.names)
+        with self._converting if converts else nullcontext():
+            return self._source.read(unit.names, out)

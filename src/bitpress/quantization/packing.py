@@ -14,8 +14,8 @@ E4M3 = torch.float8_e4m3fn
 # Values that fill whole bytes, and how many bytes these are.
 UNITS = {4: (2, 1), 6: (4, 3)}
 
-# Integers that fill whole bytes: what is as wide as those that share one, and how far each goes to its place.
-SHIFTS = {2: (torch.int32, (6, 12, 18)), 4: (torch.int16, (4,))}
+# Integers that fill whole bytes: what is as wide as those that share one, and how far half of them goes to the others.
+SHIFTS = {2: (torch.int32, (6, 12)), 4: (torch.int16, (4,)), 8: (torch.int8, ())}
 
 
 def pack_points(points: Tensor, args: QuantizationArgs) -> Tensor:
@@ -25,30 +25,47 @@ def pack_points(points: Tensor, args: QuantizationArgs) -> Tensor:
     return points if args.num_bits == 8 else pack_floats(points, args.num_bits)
 
 
+def fills_words(bits: int, columns: int) -> bool:
+    """True if :func:`pack_in_place` packs rows of so many integers."""
+    return bits in SHIFTS and sys.byteorder == "little" and not columns % (32 // bits)
+
+
 def pack_integers(values: Tensor, bits: int) -> Tensor:
     """Signed integers of ``bits`` bits (out, in), int8, as words: (out, ceil(in * bits / 32)), int32.
 
     The first value has a word's lowest bits; the last word of a row is filled with zeros.
     """
-    if bits not in (2, 4, 8) or sys.byteorder == "big" or values.shape[1] % (32 // bits):
+    rows, columns = values.shape
+    if not fills_words(bits, columns):
         packed: Tensor = pack_to_int32(values, bits)
         return packed
-    rows, columns = values.shape
     words = torch.empty(rows, columns * bits // 32, dtype=torch.int32, device=values.device)
     step = max(1, CHUNK // max(1, columns))
+    own, scratch = (values.new_empty(min(step, rows), columns) for _ in range(2))
     for part, out in zip(values.split(step), words.split(step), strict=True):
-        unsigned = (part + (-128 if bits == 8 else 1 << (bits - 1))).flatten()
-        if bits == 8:
-            out.copy_(unsigned.view(torch.int32).view(out.shape))
-            continue
-        # The values of a byte side by side: each is moved to its place in the lowest byte, which alone is kept.
-        wide, shifts = SHIFTS[bits]
-        together = unsigned.view(wide)
-        moved = [together >> shift for shift in shifts]
-        for each in moved:
-            together |= each
-        out.view(torch.uint8).copy_(together.view(len(part), columns * bits // 8))
+        pack_in_place(own[: len(part)].copy_(part), bits, out, scratch)
     return words
+
+
+def pack_in_place(values: Tensor, bits: int, out: Tensor, scratch: Tensor) -> None:
+    """Pack integers that are not needed any more.
+
+    Nothing is allocated: what is small enough for the cache costs less to pack than its fresh memory would.
+
+    Args:
+        values: (rows, columns), int8, contiguous, for which :func:`fills_words`; what is left of them is undefined.
+        bits: of each.
+        out: (rows, columns * bits / 32), int32: the words.
+        scratch: at least as many rows of as many columns, int8, contiguous.
+    """
+    values.add_(-128 if bits == 8 else 1 << (bits - 1))
+    # The values of a byte are side by side: each is moved to its place in the lowest byte, which alone is kept.
+    wide, shifts = SHIFTS[bits]
+    together, moved = values.view(-1).view(wide), scratch[: len(values)].view(-1).view(wide)
+    for shift in shifts:
+        together |= torch.bitwise_right_shift(together, shift, out=moved)
+    places = out.view(torch.uint8)
+    places.copy_((together.view(torch.uint8) if bits == 8 else together).view(places.shape))
 
 
 def pack_floats(points: Tensor, bits: int) -> Tensor:

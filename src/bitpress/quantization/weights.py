@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from torch import Tensor
 
 from bitpress.quantization.formats import LOOSE, weight_only_format
 from bitpress.quantization.grid import dequantize, integer_range, quantize
-from bitpress.quantization.packing import pack_points, unpack_floats
+from bitpress.quantization.packing import pack_integers, pack_points, unpack_floats
 from bitpress.quantization.scales import read_scale, step_sizes, stored_scale
 
 
@@ -126,8 +126,7 @@ class PackedWeight:
     def _packed_zero_point(self) -> Tensor:
         if self.args.strategy == QuantizationStrategy.TENSOR:
             return self.zero_point
-        packed: Tensor = pack_to_int32(self.zero_point, self.args.num_bits, packed_dim=0)
-        return packed.contiguous()
+        return pack_integers(self.zero_point.T, self.args.num_bits).T.contiguous()
 
     @classmethod
     def from_tensors(

@@ -1,18 +1,18 @@
 """Round-to-nearest straight to the packed form, in few passes over rows that fit the cache."""
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from torch import Tensor
 
 from bitpress.quantization.grid import block_shape, group_view, points_dtype, round_to_points
-from bitpress.quantization.packing import pack_points
+from bitpress.quantization.packing import fills_words, pack_in_place, pack_points
 from bitpress.quantization.scales import affine_parameters, has_global_scale, shared_global_scale, step_sizes
 from bitpress.quantization.weights import PackedWeight, QuantizedWeight
-from bitpress.solvers.ranges import check_finite, round_to_nearest, weight_ranges
+from bitpress.solvers.ranges import check_finite, round_to_nearest
 
 # The error that is reported is an estimate from some rows of every so many.
 SAMPLED_ROWS = 16
-# Values in float32 that one step works on; fewer would cost more in calls than they save by staying in the cache.
+# Values in float32 that one step works on: they stay in the cache, and are enough for the calls not to count.
 AT_ONCE = 1 << 19
 
 
@@ -35,43 +35,66 @@ def packed_to_nearest(
     """
     if global_scale is None and has_global_scale(args):
         global_scale = shared_global_scale([weight], args)
-    if block_shape(args) is not None or args.strategy == QuantizationStrategy.TENSOR or not weight.numel():
-        check_finite(weight, name)
     if block_shape(args) is not None or not weight.numel():
+        check_finite(weight, name)
         quantized = round_to_nearest(weight, args, weight.dtype, None, global_scale)
         return quantized.pack(), relative_error(quantized.dequantize(), weight)
-    given = _of_all(weight, args, global_scale) if args.strategy == QuantizationStrategy.TENSOR else None
     rows, columns = weight.shape
     step = max(1, AT_ONCE // columns)
     scratch = torch.empty(min(rows, step), columns, device=weight.device)
-    points = torch.empty(scratch.shape, dtype=points_dtype(args), device=weight.device)
-    packed, scales, zero_points, kept = [], [], [], []
+    scale, zero_point = _grid(weight, args, global_scale, scratch, name)
+    of_tensor = args.strategy == QuantizationStrategy.TENSOR
+    divisor, offset = step_sizes(scale, global_scale).float().unsqueeze(-1), zero_point.float().unsqueeze(-1)
+    points, packer = torch.empty(scratch.shape, dtype=points_dtype(args), device=weight.device), _Packer(weight, args)
+    every_view = group_view(scratch, args)
+    kept = []
     for start in range(0, rows, step):
-        given_rows = weight[start : start + step]
-        part = scratch[: len(given_rows)].copy_(given_rows)
-        view = group_view(part, args)
-        if given is None:
-            low, high = view.amin(-1), view.amax(-1)
-            _check(low, high, weight, name)
-            scale, zero_point = affine_parameters(low, high, args, weight.dtype, global_scale)
-            scales.append(scale)
-            zero_points.append(zero_point)
-        else:
-            scale, zero_point = given
-        view.div_(step_sizes(scale, global_scale).float().unsqueeze(-1))
+        of_rows = slice(None) if of_tensor else slice(start, start + step)
+        given = weight[start : start + step]
+        part, view = scratch[: len(given)].copy_(given), every_view[: len(given)]
+        view.div_(divisor[of_rows])
         if not args.symmetric:
-            view.add_(zero_point.float().unsqueeze(-1))
+            view.add_(offset[of_rows])
         found = points[: len(part)].copy_(round_to_points(part, args))
-        packed.append(pack_points(found, args))
         kept.append(found[-start % SAMPLED_ROWS :: SAMPLED_ROWS].clone())
-        if packed[-1].data_ptr() == found.data_ptr():
-            packed[-1] = found.clone()
-    scale, zero_point = given or (torch.cat(scales), torch.cat(zero_points))
-    whole = PackedWeight(torch.cat(packed), (rows, columns), scale, zero_point, args, global_scale)
+        packer.take(start, found)
+    whole = PackedWeight(packer.words, (rows, columns), scale, zero_point, args, global_scale)
     every = slice(None, None, SAMPLED_ROWS)
-    at_scale, at_zero = (scale, zero_point) if given else (scale[every], zero_point[every])
+    at_scale, at_zero = (scale, zero_point) if of_tensor else (scale[every], zero_point[every])
     sampled = QuantizedWeight(torch.cat(kept), at_scale, at_zero, args, global_scale)
     return whole, relative_error(sampled.dequantize(), weight[every])
+
+
+class _Packer:
+    """Packs points, some rows after the other.
+
+    Attributes:
+        words: those of the weight.
+    """
+
+    words: Tensor
+
+    def __init__(self, weight: Tensor, args: QuantizationArgs) -> None:
+        self._rows, columns = weight.shape
+        self._args = args
+        self._scratch: Tensor | None = None
+        if args.type == QuantizationType.INT and fills_words(args.num_bits, columns):
+            self.words = torch.empty(
+                self._rows, columns * args.num_bits // 32, dtype=torch.int32, device=weight.device
+            )  # fmt: skip
+
+    def take(self, start: int, points: Tensor) -> None:
+        """Pack rows from ``start`` on; what is left of ``points`` is undefined."""
+        stop = start + len(points)
+        if self._args.type == QuantizationType.INT and fills_words(self._args.num_bits, points.shape[1]):
+            if self._scratch is None:
+                self._scratch = torch.empty_like(points)
+            pack_in_place(points, self._args.num_bits, self.words[start:stop], self._scratch)
+            return
+        packed = pack_points(points, self._args)
+        if not start:
+            self.words = packed.new_empty(self._rows, packed.shape[1])
+        self.words[start:stop] = packed
 
 
 def relative_error(values: Tensor, weight: Tensor) -> float:
@@ -81,14 +104,24 @@ def relative_error(values: Tensor, weight: Tensor) -> float:
     return float((values - exact).square_().sum() / energy)
 
 
-def _of_all(weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One scale and zero point for all of the weight."""
-    ranges = [weight_ranges(rows.float(), args) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+def _grid(
+    weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None, scratch: Tensor, name: str
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, of the ranges that the values have.
+
+    Raises:
+        BitpressError: the weight holds NaN or infinite values.
+    """
+    every_view = group_view(scratch, args)
+    ranges = []
+    for rows in weight.split(len(scratch)):
+        scratch[: len(rows)].copy_(rows)
+        view = every_view[: len(rows)]
+        ranges.append((view.amin(-1), view.amax(-1)))
     low, high = (torch.cat(each) for each in zip(*ranges, strict=True))
-    return affine_parameters(low.amin().reshape(1), high.amax().reshape(1), args, weight.dtype, global_scale)
-
-
-def _check(low: Tensor, high: Tensor, weight: Tensor, name: str) -> None:
-    """NaN and infinities are in the ranges of their groups: the weight itself need not be looked at."""
+    # NaN and infinities are in the ranges of their groups: the weight itself need not be looked at.
     if not bool((high - low).sum().isfinite()):
         check_finite(weight, name)
+    if args.strategy == QuantizationStrategy.TENSOR:
+        low, high = low.amin().reshape(1), high.amax().reshape(1)
+    return affine_parameters(low, high, args, weight.dtype, global_scale)
