@@ -28,7 +28,7 @@ demo: $(STAMP) ## compress a small language model and show what changed
 	$(BIN)/python examples/demo.py
 
 test: lint ## lint, then run every test that is not slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow
@@ -55,6 +55,8 @@ clean: ## remove .venv, builds and caches
 
 test test-slow models: export HF_HUB_OFFLINE = 1
 test test-slow: export TOKENIZERS_PARALLELISM = false
+# A process for each core, and a thread for each process.
+test: export OMP_NUM_THREADS = 1
 
 $(STAMP): pyproject.toml
 	@echo "Installing bitpress and what it needs into $(VENV): some minutes the first time"

@@ -343,6 +343,36 @@ def test_a_plan_counts_what_is_there(tmp_path):
     assert needs.disk == (out / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_it_needs_is_said_before_it_begins(stream, tmp_path, caplog):
+    source, said = stored(llama(), tmp_path / "model"), []
+
+    class Watching(GPTQModifier):
+        def on_block(self, state, block):
+            said.extend(caplog.messages)
+            super().on_block(state, block)
+
+    with caplog.at_level("INFO", logger="bitpress"):
+        recipe = Watching(**four_bits(), ignore=["lm_head"])
+        bitpress.oneshot(source, tokens(), recipe, output_dir=tmp_path / "out", stream=stream, progress=False)
+    assert any("memory at most" in message for message in said)
+    assert any("disk, for the checkpoint" in message for message in said) == stream
+
+
+def test_what_a_recipe_without_data_needs(tmp_path, caplog):
+    source = stored(llama(), tmp_path / "model")
+    needs = bitpress.plan(source, QuantizationModifier(**four_bits(), ignore=["lm_head"]))
+    assert list(needs.memory) == ["the tensors at work"]
+    assert needs.peak > needs.held
+    with caplog.at_level("INFO", logger="bitpress"):
+        bitpress.oneshot(
+            source, None, QuantizationModifier(**four_bits(), ignore=["lm_head"]), output_dir=tmp_path / "out",
+            progress=False,
+        )  # fmt: skip
+    assert needs.disk == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert any("tensors at work" in message for message in caplog.messages)
+
+
 @given(rows=st.integers(2, 40), columns=st.integers(1, 40), half=st.booleans(), on_disk=st.booleans())
 def test_spilled_tensors_come_back_as_they_were(tmp_path_factory, rows, columns, half, on_disk):
     hidden = torch.randn(rows, columns).to(torch.bfloat16 if half else torch.float32)

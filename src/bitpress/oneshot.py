@@ -75,7 +75,8 @@ def oneshot(  # noqa: PLR0913
     """Compress a model by a recipe.
 
     Everything is checked before anything is computed, and the model is changed only when all is solved: an error, or
-    a keyboard interrupt, leaves it as it was.
+    a keyboard interrupt, leaves it as it was. What it will need is shown with the progress (or logged), and what cannot
+    fit is refused.
 
     Where torchrun has started several processes, all of them call it with the same arguments: they share the work out,
     and end with the same model; the first writes ``output_dir``. A process that fails or dies ends the others with an
@@ -175,7 +176,8 @@ def oneshot(  # noqa: PLR0913
         )
         if streamed is not None:
             path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer)
-            with progress_display(len(streamed.state.blocks), show=shown) as on_progress:
+            needs = streamed.needs.lines()
+            with progress_display(len(streamed.state.blocks), needs, show=shown) as on_progress:
                 streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
             return streamed.model
     if not isinstance(model, nn.Module):
@@ -183,7 +185,7 @@ def oneshot(  # noqa: PLR0913
     output.check(needed=parameters_bytes(model))
     session = Session(model, steps, **options)
     session.start(read_data)
-    with progress_display(len(session.state.blocks), show=shown) as on_progress:
+    with progress_display(len(session.state.blocks), session.needs.lines(), show=shown) as on_progress:
         session.run(on_progress)
     session.finalize()
     report = summarize(session, session.data)

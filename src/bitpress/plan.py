@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from bitpress.checkpoints.source import CannotStreamError, open_source
-from bitpress.modifiers import QuantizationModifier
 from bitpress.session import Recipe
 from bitpress.session.devices import find_device
 from bitpress.session.preflight import MODEL, Needs, estimate
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.session import Session
 from bitpress.session.streaming import StreamedSession
+from bitpress.session.tensorwise import TensorwiseSession
 from bitpress.statistics import Statistic
 
 
@@ -49,6 +50,10 @@ def plan(
     steps = Recipe.of(recipe, recipe_args)
     place = find_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code_model)
+    with suppress(CannotStreamError):
+        by_tensors = TensorwiseSession(source, steps)
+        by_tensors.check()
+        return by_tensors.needs
     session: Session = StreamedSession(source, steps, device=place)
     streamed, disk = True, 0
     try:
@@ -60,11 +65,9 @@ def plan(
         streamed = False
     first = next(iter(session.state.blocks)).module.parameters()
     width = getattr(source.model.config, "hidden_size", 0)
-    datafree = all(type(m) is QuantizationModifier and m.choose_from is None for m in steps.modifiers)
-    wanted = Statistic.NONE if datafree else Statistic.GRAM
     needs = estimate(
         session.state,
-        dict.fromkeys(session.state.schemes, wanted),
+        dict.fromkeys(session.state.schemes, Statistic.GRAM),
         tokens=num_calibration_samples * max_seq_length,
         per_token=width * next(first).element_size(),
         streamed=streamed,

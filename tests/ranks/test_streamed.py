@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from processes import ended, started
@@ -15,7 +16,8 @@ def files(path):
     return {f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.name != "report.json"}
 
 
-def test_ranks_stream_and_go_on(tmp_path):
+@pytest.fixture
+def run(tmp_path):
     tiny.llama(num_hidden_layers=4).save_pretrained(tmp_path / "model")
 
     def run(out, end_at="", size=2):
@@ -23,6 +25,17 @@ def test_ranks_stream_and_go_on(tmp_path):
         printed = ended(processes)
         return [p.returncode for p in processes], printed
 
+    return run
+
+
+def test_one_rank_goes_from_tensor_to_tensor_and_the_others_wait(run, tmp_path):
+    codes, printed = run("together", "datafree")
+    assert codes == [0, 0], printed
+    assert run("alone", "datafree", size=1)[0] == [0]
+    assert files(tmp_path / "together") == files(tmp_path / "alone")
+
+
+def test_ranks_stream_and_go_on(run, tmp_path):
     codes, printed = run("whole")
     assert codes == [0, 0], printed
     assert run("out", "model.layers.2")[0] == [-9, -9]

@@ -106,6 +106,16 @@ class _Group:
         return {READ: read, CHECKSUMS: self.checksums, LAYERS: self.layers}
 
 
+def most_at_once(state: State, plan: Planned) -> int:
+    """Bytes of the tensors that are in memory at a time, at most, and of what is made of them."""
+    sizes = sorted(sum(t.nbytes for t in unit.stored(plan.source)) for unit in _units(state, plan))
+    return 2 * sum(sizes[-_count_workers() :])
+
+
+def _count_workers() -> int:
+    return min(WORKERS, torch.get_num_threads())
+
+
 def run_by_tensors(
     state: State, plan: Planned, writer: ShardWriter, journal: Journal, on_progress: OnProgress = lambda _: None
 ) -> None:
@@ -142,7 +152,7 @@ class _Workers:
         self._noted: list[Future[None]] = []
 
     def __enter__(self) -> "_Workers":
-        count = min(WORKERS, torch.get_num_threads())
+        count = _count_workers()
         self._threads = _threads_of_torch(torch.get_num_threads() // count)
         self._threads.__enter__()
         self._pool = ThreadPoolExecutor(count, "bitpress-tensors")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bitpress.models.residence import Residence
 from bitpress.modifiers.activations import expected_activations
 from bitpress.pipelines.data import CalibrationData
 from bitpress.pipelines.solving import OnProgress
+from bitpress.session.preflight import Needs
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.session import Session
 
@@ -69,6 +71,9 @@ class OnDiskSession(Session):
         expected = expected_activations(self.state)
         self.plan = Planned.of(self.source, self.state.schemes, self.state.attentions, expected, self._max_shard_size)
         self._check_room(self.plan.layout.nbytes)
+
+    def _estimate(self, data: CalibrationData | None) -> Needs:
+        return replace(super()._estimate(data), disk=self.plan.layout.nbytes)
 
     def check_possible(self) -> None:
         """Refuse what cannot be done this way, once layers, schemes and blocks are known.

@@ -88,13 +88,14 @@ class Needs:
         return self.held + free_memory(self.device)
 
 
-MODEL, ACTIVATIONS, STATISTICS, SOLVING, BLOCK, RESULT = (
+MODEL, ACTIVATIONS, STATISTICS, SOLVING, BLOCK, RESULT, TENSORS = (
     "the model",
     "activations of all batches",
     "statistics of a block",
     "solving a layer",
     "the largest block",
     "the compressed weights",
+    "the tensors at work",
 )
 
 

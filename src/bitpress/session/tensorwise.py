@@ -11,11 +11,13 @@ from bitpress.checkpoints.journal import Journal
 from bitpress.checkpoints.layout import ShardWriter
 from bitpress.checkpoints.saving import Companions, write_companions
 from bitpress.checkpoints.unknown import Unknown, log_choice
+from bitpress.memory import process_memory
 from bitpress.pipelines import infer_pipeline
 from bitpress.pipelines.data import CalibrationData
 from bitpress.pipelines.solving import OnProgress
-from bitpress.pipelines.tensors import check_by_tensors, check_recipe_by_tensors, run_by_tensors
+from bitpress.pipelines.tensors import check_by_tensors, check_recipe_by_tensors, most_at_once, run_by_tensors
 from bitpress.session.ondisk import OnDiskSession, Summary
+from bitpress.session.preflight import TENSORS, Needs
 
 
 class TensorwiseSession(OnDiskSession):
@@ -33,6 +35,10 @@ class TensorwiseSession(OnDiskSession):
         """See :meth:`OnDiskSession.check`."""
         check_recipe_by_tensors(self.recipe.modifiers)
         super().check()
+        layout, largest = self.plan.layout, most_at_once(self.state, self.plan)
+        self.needs = Needs(
+            {TENSORS: largest}, process_memory(), layout.nbytes, len(self.state.blocks), len(self.state.schemes)
+        )
 
     def check_possible(self) -> None:
         """See :meth:`OnDiskSession.check_possible`."""
@@ -43,6 +49,7 @@ class TensorwiseSession(OnDiskSession):
     def start(self, read_data: Callable[[nn.Module], CalibrationData | None]) -> None:  # noqa: ARG002
         """Check; what data there is is not looked at."""
         self.check()
+        self.needs.check()
         self.pipeline = infer_pipeline("datafree", self.state, self.recipe.modifiers, has_data=False)
 
     @torch.no_grad()
