@@ -1,0 +1,179 @@
+"""A device that is none: its memory is the host's, but every tensor on it says that it is elsewhere.
+
+What goes wrong on a GPU, and nowhere else, is mostly that tensors of two devices meet in one operation. Here they do so
+without a GPU. The device is torch's own ``privateuseone``, which is for devices that others build: one kernel, for all
+operations, checks where the tensors are, runs the operation on the CPU on the same memory, and gives the result to the
+device. It refuses what CUDA refuses:
+
+- tensors of both devices in one operation. Exempt are, as with CUDA, numbers (tensors without dimensions) of the CPU,
+  indices on the CPU of what is on the device, and copies;
+- a random generator of the CPU for numbers on the device;
+- ``Tensor.numpy()``, and other views of the memory from outside of torch.
+
+The arithmetic is the CPU's, so that results must be equal to the bit. What it does not show: order of asynchronous
+work, other roundings, what CUDA's kernels do not support, and code that asks for "cuda" by name.
+
+A process that has made the device keeps it, and torch then takes it for the accelerator of the machine: that is for
+processes of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils import _pytree as pytree
+
+NAME = "simulated"
+# Where indices may be on the CPU: operations, and the place of their indices.
+INDEXED = {"aten::index": 1, "aten::_index_put_impl_": 1, "aten::_unsafe_index": 1}
+COPIES = {
+    "aten::_copy_from": lambda source, to, *_: to.copy_(source),
+    "aten::_copy_from_and_resize": lambda source, to, *_: to.resize_(source.shape).copy_(source),
+}
+# Where torch has a kernel for any device that adds up in another order than the CPU's.
+COMPOSED = ("native_layer_norm", "native_layer_norm_backward", "silu_backward")
+
+# What is done to the memory itself, without an operation on tensors.
+OF_MEMORY = ("clone", "copy_", "nbytes", "resizable", "resize_", "size")
+
+_aten = torch.ops.aten
+_libraries: list[torch.library.Library] = []
+
+
+def missing() -> str | None:
+    """Why there can be no such device with this torch, or None."""
+    from torch.utils import backend_registration
+
+    there = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    return None if there else f"torch {torch.__version__} takes no device that is written in Python"
+
+
+def make() -> torch.device:
+    """The device. In a process of its own: it stays."""
+    if _libraries:
+        return torch.device(NAME, 0)
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+    rest, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    rest.fallback(_run, "PrivateUse1")
+    for name in COMPOSED:
+        own.impl(name, _running(getattr(_aten, name).default), "PrivateUse1")
+    for name in OF_MEMORY:
+        setattr(UntypedStorage, name, _of_memory(getattr(UntypedStorage, name)))
+    _libraries.extend((rest, own))
+    return torch.device(NAME, 0)
+
+
+def _running(op: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _run(op, *args, **kwargs)
+
+
+def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation with something on the device, on the CPU."""
+    with torch._C.DisableTorchFunction():
+        name = op._schema.name
+        if name == "aten::set_":
+            return _by_name_of_cpu(op, *args, **kwargs)
+        if name == "aten::_fused_sdp_choice":
+            return 0  # the way of plain products, which tests of the CPU take as well
+        if name not in COPIES:
+            _check(name, args, kwargs)
+        known: dict[int, Tensor] = {}
+        memory: dict[int, UntypedStorage] = {}
+        lent: list[Tensor] = []
+
+        def lend(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            if not isinstance(x, Tensor) or x.device.type != NAME:
+                known[id(x)] = x
+                return x
+            lent.append(_lent(x))
+            known[id(lent[-1])] = x
+            memory[lent[-1].untyped_storage()._cdata] = x.untyped_storage()
+            return lent[-1]
+
+        def take(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return known[id(x)] if id(x) in known else _taken(x, memory.get(x.untyped_storage()._cdata))
+
+        args, kwargs = pytree.tree_map(lend, (args, kwargs))
+        found = (COPIES.get(name) or _overload(op, args))(*args, **kwargs)
+        for each in lent:
+            _follow(known[id(each)], each)
+        return pytree.tree_map(take, found)
+
+
+def _overload(op: Any, args: Any) -> Callable[..., Any]:
+    """The operation, or its overload for numbers: what were tensors of one number come here as that."""
+    expected = zip(args, op._schema.arguments, strict=False)
+    numbers = any(isinstance(x, (int, float)) and str(each.type) == "Tensor" for x, each in expected)
+    return op.overloadpacket if numbers else op
+
+
+def _check(name: str, args: Any, kwargs: Any) -> None:
+    place = INDEXED.get(name)
+    if place is not None and args[0].device.type == NAME:
+        args = (*args[:place], *args[place + 1 :])
+    leaves = pytree.tree_leaves((args, kwargs))
+    if any(isinstance(x, torch.Generator) and x.device.type != NAME for x in leaves):
+        raise RuntimeError(f"{name}: Expected a '{NAME}' device type for generator but found 'cpu'")
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    others = [x for x in tensors if x.device.type != NAME and x.dim()]
+    if others and len(others) < len(tensors):
+        shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {shapes}")
+
+
+def _lent(x: Tensor) -> Tensor:
+    """A tensor of the CPU with the same memory."""
+    host = x.untyped_storage().host
+    last = x.storage_offset() + sum(stride * (size - 1) for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and host.nbytes() < (last + 1) * x.element_size():
+        raise RuntimeError("the memory of a tensor is used that has been given back")
+    return torch.empty(0, dtype=x.dtype).set_(host, x.storage_offset(), x.shape, x.stride())
+
+
+def _taken(x: Tensor, storage: UntypedStorage | None) -> Tensor:
+    """A tensor of the device with the memory of one on the CPU, which is that of another on the device, or new."""
+    made = torch._C._acc.create_empty_tensor((0,), x.dtype)
+    return _set(made, x, _storage(x.untyped_storage()) if storage is None else storage)
+
+
+def _follow(x: Tensor, lent: Tensor) -> None:
+    """Make a tensor of the device what an operation in place has made of its counterpart."""
+    storage = x.untyped_storage()
+    if lent.data_ptr() != x.data_ptr() or lent.shape != x.shape or lent.stride() != x.stride():
+        own = lent.untyped_storage()
+        _set(x, lent, storage if own.data_ptr() == storage.data_ptr() else _storage(own))
+
+
+def _storage(host: UntypedStorage) -> UntypedStorage:
+    """Memory of the device; what keeps the host's alive is that torch keeps an object in Python for each."""
+    made = torch._C._construct_storage_from_data_pointer(host.data_ptr(), torch.device(NAME, 0), host.nbytes())
+    made.host = host
+    return made
+
+
+def _of_memory(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of storages that does to those of the device, which torch cannot manage, what it does to the host's."""
+
+    def method(self: UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        mine = getattr(self, "host", self)
+        found = own(mine, *(getattr(x, "host", x) for x in args), **kwargs)
+        if mine is self or not isinstance(found, UntypedStorage):
+            return found
+        return self if found is mine else _storage(found)
+
+    return method
+
+
+def _set(x: Tensor, like: Tensor, storage: UntypedStorage) -> Tensor:
+    op = _aten.set_.source_Storage_storage_offset
+    return _by_name_of_cpu(op, x, storage, like.storage_offset(), like.shape, like.stride())
+
+
+def _by_name_of_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Done by the CPU's kernel to the tensors themselves: one that only sets where and how memory is seen."""
+    return op._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
