@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils import _pytree as pytree
 
 NAME = "simulated"
 # Where indices may be on the CPU: operations, and the place of their indices.
@@ -53,7 +52,9 @@ def make() -> torch.device:
     """The device. In a process of its own: it stays."""
     if _libraries:
         return torch.device(NAME, 0)
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+    backend = torch.utils.backend_registration
+    module = type("_Module", (backend._DummyBackendModule,), {"get_amp_supported_dtype": lambda _: [torch.bfloat16]})
+    backend._setup_privateuseone_for_python_backend(NAME, module())
     rest, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     rest.fallback(_run, "PrivateUse1")
     for name in COMPOSED:
@@ -78,45 +79,49 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
             return 0  # the way of plain products, which tests of the CPU take as well
         if name not in COPIES:
             _check(name, args, kwargs)
-        known: dict[int, Tensor] = {}
+        known: dict[int, Any] = {}
         memory: dict[int, UntypedStorage] = {}
         lent: list[Tensor] = []
 
         def lend(x: Any) -> Any:
-            if isinstance(x, torch.device):
-                return torch.device("cpu")
-            if not isinstance(x, Tensor) or x.device.type != NAME:
-                known[id(x)] = x
-                return x
-            lent.append(_lent(x))
-            known[id(lent[-1])] = x
-            memory[lent[-1].untyped_storage()._cdata] = x.untyped_storage()
-            return lent[-1]
+            if not isinstance(x, Tensor):
+                return torch.device("cpu") if isinstance(x, torch.device) else x
+            own = x
+            if x.device.type == NAME:
+                own = _lent(x)
+                lent.append(own)
+                memory[own.untyped_storage()._cdata] = x.untyped_storage()
+            known[id(own)] = x
+            return own
 
         def take(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             return known[id(x)] if id(x) in known else _taken(x, memory.get(x.untyped_storage()._cdata))
 
-        args, kwargs = pytree.tree_map(lend, (args, kwargs))
+        args, kwargs = _each(lend, args), {key: _each(lend, x) for key, x in kwargs.items()}
         found = (COPIES.get(name) or _overload(op, args))(*args, **kwargs)
         for each in lent:
             _follow(known[id(each)], each)
-        return pytree.tree_map(take, found)
+        return _each(take, found)
+
+
+def _each(function: Callable[[Any], Any], x: Any) -> Any:
+    return type(x)(_each(function, each) for each in x) if type(x) in (list, tuple) else function(x)
 
 
 def _overload(op: Any, args: Any) -> Callable[..., Any]:
     """The operation, or its overload for numbers: what were tensors of one number come here as that."""
-    expected = zip(args, op._schema.arguments, strict=False)
-    numbers = any(isinstance(x, (int, float)) and str(each.type) == "Tensor" for x, each in expected)
-    return op.overloadpacket if numbers else op
+    numbers = [i for i, x in enumerate(args) if isinstance(x, (int, float))]
+    return op.overloadpacket if any(str(op._schema.arguments[i].type) == "Tensor" for i in numbers) else op
 
 
 def _check(name: str, args: Any, kwargs: Any) -> None:
     place = INDEXED.get(name)
     if place is not None and args[0].device.type == NAME:
         args = (*args[:place], *args[place + 1 :])
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves: list[Any] = []
+    _each(leaves.append, (*args, *kwargs.values()))
     if any(isinstance(x, torch.Generator) and x.device.type != NAME for x in leaves):
         raise RuntimeError(f"{name}: Expected a '{NAME}' device type for generator but found 'cpu'")
     tensors = [x for x in leaves if isinstance(x, Tensor)]

@@ -105,6 +105,22 @@ def test_static_activations_and_a_quantized_cache(tmp_path):
     both_ways(stored(llama(), tmp_path / "model"), tmp_path, recipe, tokens())
 
 
+@pytest.mark.parametrize("observer", ["gram", "imatrix_mse"])
+def test_observers_that_need_data_have_it(tmp_path, observer):
+    recipe = lambda: [QuantizationModifier(**four_bits(), ignore=["lm_head"])]  # noqa: E731
+
+    def observed():
+        (modifier,) = recipe()
+        for group in modifier.config_groups.values():
+            group.weights.observer = observer
+        return [modifier]
+
+    source = stored(llama(), tmp_path / "model")
+    out = both_ways(source, tmp_path, observed, tokens())
+    bitpress.oneshot(source, None, recipe(), output_dir=tmp_path / "minmax", progress=False)
+    assert files(out, "report.json") != files(tmp_path / "minmax", "report.json")
+
+
 def test_a_quantized_head_is_a_block_of_its_own(tmp_path):
     both_ways(stored(llama(), tmp_path / "model"), tmp_path, lambda: [GPTQModifier(**four_bits())], tokens())
 
