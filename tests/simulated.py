@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.utils import backend_registration
 
 NAME = "simulated"
 # Where indices may be on the CPU: operations, and the place of their indices.
@@ -32,7 +33,6 @@ COPIES = {
 }
 # Where torch has a kernel for any device that adds up in another order than the CPU's.
 COMPOSED = ("native_layer_norm", "native_layer_norm_backward", "silu_backward")
-
 # What is done to the memory itself, without an operation on tensors.
 OF_MEMORY = ("clone", "copy_", "nbytes", "resizable", "resize_", "size")
 
@@ -42,9 +42,8 @@ _libraries: list[torch.library.Library] = []
 
 def missing() -> str | None:
     """Why there can be no such device with this torch, or None."""
-    from torch.utils import backend_registration
-
     there = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    there = there and hasattr(torch._C, "_acc") and hasattr(torch._C._acc, "create_empty_tensor")
     return None if there else f"torch {torch.__version__} takes no device that is written in Python"
 
 
@@ -52,9 +51,9 @@ def make() -> torch.device:
     """The device. In a process of its own: it stays."""
     if _libraries:
         return torch.device(NAME, 0)
-    backend = torch.utils.backend_registration
-    module = type("_Module", (backend._DummyBackendModule,), {"get_amp_supported_dtype": lambda _: [torch.bfloat16]})
-    backend._setup_privateuseone_for_python_backend(NAME, module())
+    known = {"get_amp_supported_dtype": lambda _: [torch.bfloat16]}
+    module = type("Module", (backend_registration._DummyBackendModule,), known)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, module())
     rest, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     rest.fallback(_run, "PrivateUse1")
     for name in COMPOSED:

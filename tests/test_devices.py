@@ -33,9 +33,13 @@ def weights(bits=4, size=16, **more):
     return QuantizationArgs(num_bits=bits, **own)
 
 
-def groups(*, inputs=None, outputs=None, **more):
-    scheme = {"weights": weights(**more), "input_activations": inputs, "output_activations": outputs}
-    return {"config_groups": {"all": QuantizationScheme(targets=["Linear"], **scheme)}}
+def scheme(*, inputs=None, outputs=None, **more):
+    fields = {"weights": weights(**more), "input_activations": inputs, "output_activations": outputs}
+    return QuantizationScheme(targets=["Linear"], **fields)
+
+
+def groups(**fields):
+    return {"config_groups": {"all": scheme(**fields)}}
 
 
 def blocks(**more):
@@ -85,7 +89,9 @@ STREAMED = {
 LOADED = {
     "distilled": lambda: [*gptq(**groups()), DistillationModifier(epochs=1)],
     "distilled, recomputed": lambda: [*gptq(**groups()), DistillationModifier(epochs=1, gradient_checkpointing=True)],
-    "chosen": lambda: plain(choose_from=[groups(bits=bits)["config_groups"]["all"] for bits in (3, 4)], bits_per_weight=3.5),
+    "chosen": lambda: plain(
+        choose_from=[groups(bits=bits)["config_groups"]["all"] for bits in (3, 4)], bits_per_weight=3.5
+    ),
 }
 
 MODELS = ("bert", "gemma3", "qwen3_moe", "mixtral", "gpt_oss", "llama4", "gpt2")
