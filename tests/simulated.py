@@ -17,6 +17,7 @@ A process that has made the device keeps it, and torch then takes it for the acc
 processes of their own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,9 @@ COMPOSED = ("native_layer_norm", "native_layer_norm_backward", "silu_backward")
 # What is done to the memory itself, without an operation on tensors.
 OF_MEMORY = ("clone", "copy_", "nbytes", "resizable", "resize_", "size")
 
-_aten = torch.ops.aten
+HOST = torch.device("cpu")
+
+_aten, _bytes = torch.ops.aten, UntypedStorage.nbytes
 _libraries: list[torch.library.Library] = []
 
 
@@ -70,73 +73,92 @@ def _running(op: Any) -> Callable[..., Any]:
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation with something on the device, on the CPU."""
+    name = op._schema.name
+    if name == "aten::set_":
+        return _by_name_of_cpu(op, *args, **kwargs)
+    if name == "aten::_fused_sdp_choice":
+        return 0  # the way of plain products, which tests of the CPU take as well
     with torch._C.DisableTorchFunction():
-        name = op._schema.name
-        if name == "aten::set_":
-            return _by_name_of_cpu(op, *args, **kwargs)
-        if name == "aten::_fused_sdp_choice":
-            return 0  # the way of plain products, which tests of the CPU take as well
+        loan = _Loan()
+        own = _each(loan.lend, args)
+        options = {key: _each(loan.lend, x) for key, x in kwargs.items()}
         if name not in COPIES:
-            _check(name, args, kwargs)
-        known: dict[int, Any] = {}
-        memory: dict[int, UntypedStorage] = {}
-        lent: list[Tensor] = []
+            loan.check(name, args[INDEXED[name]] if name in INDEXED and args[0].device.type == NAME else ())
+        found = (COPIES.get(name) or _overload(op, own))(*own, **options)
+        if op._schema.is_mutable or name in COPIES:
+            loan.follow()
+        return _each(loan.take, found)
 
-        def lend(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return torch.device("cpu") if isinstance(x, torch.device) else x
-            own = x
-            if x.device.type == NAME:
-                own = _lent(x)
-                lent.append(own)
-                memory[own.untyped_storage()._cdata] = x.untyped_storage()
-            known[id(own)] = x
-            return own
 
-        def take(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return known[id(x)] if id(x) in known else _taken(x, memory.get(x.untyped_storage()._cdata))
+class _Loan:
+    """What an operation on the CPU is given for its arguments, and what is given back for its results."""
 
-        args, kwargs = _each(lend, args), {key: _each(lend, x) for key, x in kwargs.items()}
-        found = (COPIES.get(name) or _overload(op, args))(*args, **kwargs)
-        for each in lent:
-            _follow(known[id(each)], each)
-        return _each(take, found)
+    def __init__(self) -> None:
+        self.lent: list[Tensor] = []
+        self.strangers: list[Any] = []
+        self._given: dict[int, Tensor] = {}
+        self._memory: dict[int, UntypedStorage] = {}
+
+    def lend(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            if type(x) is torch.Generator:
+                self.strangers.append(x)
+            return HOST if type(x) is torch.device else x
+        own = x
+        if x.device.type == NAME:
+            own = _lent(x)
+            self.lent.append(own)
+            self._memory[own.untyped_storage()._cdata] = x.untyped_storage()
+        elif x.dim():
+            self.strangers.append(x)
+        self._given[id(own)] = x
+        return own
+
+    def check(self, name: str, allowed: Any) -> None:
+        """Refuse what is not on the device."""
+        for each in self.strangers:
+            if type(each) is torch.Generator:
+                raise RuntimeError(f"{name}: Expected a '{NAME}' device type for generator but found 'cpu'")
+            if self.lent and not any(each is x for x in allowed):
+                theirs = ", ".join(str(tuple(x.shape)) for x in self.lent)
+                found = f"{tuple(each.shape)} on {each.device}, and {theirs} on {NAME}"
+                raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {found}")
+
+    def follow(self) -> None:
+        for each in self.lent:
+            _follow(self._given[id(each)], each)
+
+    def take(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        given = self._given.get(id(x))
+        return _taken(x, self._memory.get(x.untyped_storage()._cdata)) if given is None else given
 
 
 def _each(function: Callable[[Any], Any], x: Any) -> Any:
-    return type(x)(_each(function, each) for each in x) if type(x) in (list, tuple) else function(x)
+    """The same of every tensor in lists of tensors."""
+    if type(x) not in (list, tuple):
+        return function(x)
+    return type(x)([_each(function, each) if type(each) in (list, tuple) else function(each) for each in x])
 
 
 def _overload(op: Any, args: Any) -> Callable[..., Any]:
     """The operation, or its overload for numbers: what were tensors of one number come here as that."""
-    numbers = [i for i, x in enumerate(args) if isinstance(x, (int, float))]
-    return op.overloadpacket if any(str(op._schema.arguments[i].type) == "Tensor" for i in numbers) else op
+    numbers = any(type(args[place]) in (int, float) for place in _tensors_of(op) if place < len(args))
+    return op.overloadpacket if numbers else op
 
 
-def _check(name: str, args: Any, kwargs: Any) -> None:
-    place = INDEXED.get(name)
-    if place is not None and args[0].device.type == NAME:
-        args = (*args[:place], *args[place + 1 :])
-    leaves: list[Any] = []
-    _each(leaves.append, (*args, *kwargs.values()))
-    if any(isinstance(x, torch.Generator) and x.device.type != NAME for x in leaves):
-        raise RuntimeError(f"{name}: Expected a '{NAME}' device type for generator but found 'cpu'")
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    others = [x for x in tensors if x.device.type != NAME and x.dim()]
-    if others and len(others) < len(tensors):
-        shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
-        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {shapes}")
+@functools.cache
+def _tensors_of(op: Any) -> list[int]:
+    return [place for place, each in enumerate(op._schema.arguments) if str(each.type) == "Tensor"]
 
 
 def _lent(x: Tensor) -> Tensor:
     """A tensor of the CPU with the same memory."""
-    host = x.untyped_storage().host
-    last = x.storage_offset() + sum(stride * (size - 1) for size, stride in zip(x.shape, x.stride(), strict=True))
-    if x.numel() and host.nbytes() < (last + 1) * x.element_size():
+    storage = x.untyped_storage()
+    if _bytes(storage.host) < _bytes(storage):
         raise RuntimeError("the memory of a tensor is used that has been given back")
-    return torch.empty(0, dtype=x.dtype).set_(host, x.storage_offset(), x.shape, x.stride())
+    return torch.empty(0, dtype=x.dtype).set_(storage.host, x.storage_offset(), x.shape, x.stride())
 
 
 def _taken(x: Tensor, storage: UntypedStorage | None) -> Tensor:
