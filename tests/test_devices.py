@@ -66,11 +66,13 @@ STREAMED = {
     "gptq by activity": lambda: gptq(**groups(actorder="static")),
     "gptq per channel": lambda: gptq(**groups(strategy="channel", group_size=None, observer="mse")),
     "refined": lambda: gptq(**groups(observer="gram"), refine=1),
-    "refined blocks": lambda: gptq(scheme=blocks(observer="gram"), refine=1),
+    "refined blocks": lambda: gptq(scheme=blocks(observer="gram"), refine=0),
     "all of the head": lambda: gptq(**groups(inputs=INT8, outputs=INT8), refine=0, ignore=[]),
     "smoothed": lambda: [SmoothQuantModifier(), *gptq(scheme="W8A8")],
-    "smoothed by search": lambda: [SmoothQuantModifier(smoothing_strength="search"), *plain(scheme="W8A8")],
-    "static activations": lambda: plain(**groups(inputs=INT8, outputs=FP8)),
+    "smoothed by search": lambda: [
+        SmoothQuantModifier(smoothing_strength="search", mappings=[["re:.*v_proj", "re:.*o_proj"]]),
+        *plain(scheme="W8A8"),
+    ],
     "cache": lambda: plain(**groups(), kv_cache_scheme=FP8),
     "cache per head": lambda: plain(**groups(), kv_cache_scheme=PER_HEAD),
     "NVFP4": lambda: [awq(), *gptq(scheme="NVFP4")],
@@ -82,7 +84,7 @@ STREAMED = {
 }
 
 LOADED = {
-    "awq, gptq, correction": STREAMED["awq, gptq, correction"],
+    "awq, static activations": lambda: [awq(), *plain(**groups(inputs=INT8, outputs=FP8))],
     "distilled": lambda: [*gptq(**groups()), DistillationModifier(epochs=1)],
     "chosen": lambda: plain(choose_from=[scheme(bits=bits) for bits in (3, 4)], bits_per_weight=3.5),
 }
@@ -90,9 +92,9 @@ LOADED = {
 MODELS = {
     "bert": lambda: [awq(), *plain(**groups())],
     "gemma3": lambda: [awq(), *plain(**groups())],
-    "gpt_oss": lambda: [awq(), *plain(**groups())],
+    "gpt_oss": lambda: gptq(**groups()),
     "mixtral": lambda: gptq(**groups(), error_correction=0.5),
-    "qwen3_moe": lambda: [awq(), *gptq(**groups(), error_correction=0.5)],
+    "qwen3_moe": lambda: [awq(), *plain(**groups())],
 }
 
 
@@ -167,7 +169,7 @@ def activations_elsewhere_change_nothing(place, path):
 
 def an_interrupted_run_goes_on(path):
     solved = GPTQModifier.on_solved
-    source, device, recipe = small_llama(path), simulated.make(), [awq(), *gptq(**groups(inputs=INT8))]
+    source, device, recipe = small_llama(path), simulated.make(), gptq(**groups(inputs=INT8))
 
     def interrupt(self, state, block):
         solved(self, state, block)
