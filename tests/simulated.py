@@ -32,6 +32,8 @@ COPIES = {
     "aten::_copy_from": lambda source, to, *_: to.copy_(source),
     "aten::_copy_from_and_resize": lambda source, to, *_: to.resize_(source.shape).copy_(source),
 }
+# Other ways of the CPU, too: it counts floats only.
+INSTEAD = COPIES | {"aten::histc": lambda x, *args: x.float().histc(*args).to(x.dtype)}
 # Where torch has a kernel for any device that adds up in another order than the CPU's.
 COMPOSED = ("native_layer_norm", "native_layer_norm_backward", "silu_backward")
 # What is done to the memory itself, without an operation on tensors.
@@ -84,7 +86,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         options = {key: _each(loan.lend, x) for key, x in kwargs.items()}
         if name not in COPIES:
             loan.check(name, args[INDEXED[name]] if name in INDEXED and args[0].device.type == NAME else ())
-        found = (COPIES.get(name) or _overload(op, own))(*own, **options)
+        found = (INSTEAD.get(name) or _overload(op, own))(*own, **options)
         if op._schema.is_mutable or name in COPIES:
             loan.follow()
         return _each(loan.take, found)
