@@ -32,10 +32,13 @@ COPIES = {
     "aten::_copy_from": lambda source, to, *_: to.copy_(source),
     "aten::_copy_from_and_resize": lambda source, to, *_: to.resize_(source.shape).copy_(source),
 }
-# Other ways of the CPU, too: it counts floats only.
-INSTEAD = COPIES | {"aten::histc": lambda x, *args: x.float().histc(*args).to(x.dtype)}
-# Where torch has a kernel for any device that adds up in another order than the CPU's.
-COMPOSED = ("native_layer_norm", "native_layer_norm_backward", "silu_backward")
+# What the CPU does by another name, or for floats only.
+INSTEAD = COPIES | {
+    "aten::convolution_overrideable": torch.ops.aten.convolution.default,
+    "aten::histc": lambda x, *args: x.float().histc(*args).to(x.dtype),
+}
+# Where torch has a kernel for any device that adds up in another order than the CPU's, or that only refuses.
+COMPOSED = ("convolution_overrideable", "native_layer_norm", "native_layer_norm_backward", "silu_backward")
 # What is done to the memory itself, without an operation on tensors.
 OF_MEMORY = ("clone", "copy_", "nbytes", "resizable", "resize_", "size")
 
