@@ -129,7 +129,7 @@ def _identity(storage: UntypedStorage) -> int:
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _memory(storage: UntypedStorage) -> memoryview:
