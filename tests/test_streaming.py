@@ -105,6 +105,21 @@ def test_static_activations_and_a_quantized_cache(tmp_path):
     both_ways(stored(llama(), tmp_path / "model"), tmp_path, recipe, tokens())
 
 
+@pytest.mark.parametrize("observer", ["gram", "imatrix_mse"])
+def test_observers_that_need_data_have_it(tmp_path, observer):
+    def recipe(**more):
+        weights = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=16, **more)
+        groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
+        return [QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+
+    source = stored(llama(), tmp_path / "model")
+    out = both_ways(source, tmp_path, lambda: recipe(observer=observer), tokens())
+    bitpress.oneshot(source, None, recipe(), output_dir=tmp_path / "without", progress=False)
+    assert files(out, "report.json") != files(tmp_path / "without", "report.json")
+    with pytest.raises(BitpressError, match="no dataset was given"):
+        bitpress.oneshot(source, None, recipe(observer=observer), output_dir=tmp_path / "no", progress=False)
+
+
 def test_a_quantized_head_is_a_block_of_its_own(tmp_path):
     both_ways(stored(llama(), tmp_path / "model"), tmp_path, lambda: [GPTQModifier(**four_bits())], tokens())
 

@@ -24,7 +24,7 @@ from bitpress.models.experts import ExpertLinear, find_layer
 from bitpress.models.linears import as_parameter
 from bitpress.modifiers import Modifier, QuantizationModifier, State
 from bitpress.modifiers.fused import families
-from bitpress.modifiers.observers import observed_ranges, states_observer
+from bitpress.modifiers.observers import observed_ranges, states_observer, statistics_of_observer
 from bitpress.pipelines.solving import OnProgress, Progress
 from bitpress.quantization import (
     PackedWeight,
@@ -69,6 +69,8 @@ def check_by_tensors(state: State, source: Source) -> None:
     for name, scheme in state.schemes.items():
         if is_static(scheme.input_activations) or is_static(scheme.output_activations):
             raise CannotStreamError(f"{name} has static activations, which need data.")
+        if statistics_of_observer(scheme.weights):
+            raise CannotStreamError(f"the ranges of {name} are chosen by its inputs, which needs data.")
         if isinstance(find_layer(state.model, name), ExpertLinear) or source.is_converted(f"{name}.weight"):
             raise CannotStreamError(f"the weight of {name} is not a tensor of its own.")
 

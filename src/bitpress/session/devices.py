@@ -27,13 +27,13 @@ def find_device(stated: torch.device | str | None) -> torch.device:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        device = torch.device(stated)
-        torch.empty(0, device=device)
+        # As tensors have it: "cuda" is the current one of several.
+        device = torch.empty(0, device=stated).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise BitpressError(f"device={stated!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "meta":
         raise BitpressError('device="meta" computes nothing: state "cpu" or "cuda".')
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+    return device
 
 
 def move(model: nn.Module, device: torch.device, *, stated: bool) -> nn.Module:

@@ -95,7 +95,7 @@ def search_scales(
     if channel_map is None:
         channel_map = torch.arange(gram.shape[0], device=gram.device)
     # Only channels that feed an input have a scale to be found.
-    feeding, channel = channel_map.unique(return_inverse=True)
+    feeding, channel = channel_map.to(gram.device).unique(return_inverse=True)
     magnitude = _pool(mean_magnitude, channel)
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
     weight_magnitude = _pool(_weight_magnitude(weights, layers, ranks), channel)

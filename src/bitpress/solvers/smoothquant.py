@@ -103,7 +103,7 @@ def search_strength(
     weights = [layer.weight.float() for layer in layers]
     found = [smoothing_scales(weights, max_magnitude, strength, channel_map) for strength in strengths]
     untouched = torch.ones_like(max_magnitude)
-    at_inputs = torch.stack([untouched, *(s if channel_map is None else s[channel_map] for s in found)])
+    at_inputs = torch.stack([untouched, *(s if channel_map is None else s[channel_map.to(s.device)] for s in found)])
     variance = gram.diagonal() / max(1, rows)
     errors = torch.zeros(len(at_inputs), dtype=torch.float64)
     peaks = column_peaks(layers, weights)
