@@ -55,10 +55,13 @@ def file(tmp_path_factory):
     return path
 
 
+def groups(target="Linear"):
+    return {"group_0": {"targets": [target], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
+
+
 def test_compresses_and_serves(file, tmp_path):
     ids = torch.randint(3, WORDS, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
-    recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    recipe = [GPTQModifier(config_groups=groups(), ignore=["lm_head"])]
     bitpress.oneshot(file, ids, recipe, output_dir=tmp_path / "out", progress=False)
     dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -71,7 +74,7 @@ def test_compresses_and_serves(file, tmp_path):
 
 
 def test_its_weights_are_those_of_the_file(file, tmp_path):
-    quantizer = QuantizationModifier(scheme="W8A16", targets=[r"re:.*q_proj$"])
+    quantizer = QuantizationModifier(config_groups=groups(r"re:.*q_proj$"))
     bitpress.oneshot(file, None, [quantizer], output_dir=tmp_path / "out", progress=False)
     dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     kept = load_file(tmp_path / "out" / "model.safetensors")
