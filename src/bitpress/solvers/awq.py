@@ -129,12 +129,10 @@ def candidate_scales(
 
 
 def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
-    """The mean over the inputs that one producer channel feeds."""
+    """The mean over the inputs that one producer channel feeds; by the CPU: a GPU adds in another order each time."""
+    values, channel = per_input.cpu(), channel.cpu()
     count = torch.bincount(channel)
-    return (
-        torch.zeros(len(count), dtype=per_input.dtype, device=per_input.device).index_add_(0, channel, per_input)
-        / count
-    )
+    return (torch.zeros(len(count), dtype=values.dtype).index_add_(0, channel, values) / count).to(per_input.device)
 
 
 def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight], ranks: Ranks) -> Tensor:
