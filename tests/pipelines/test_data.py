@@ -552,7 +552,7 @@ def test_a_forward_without_a_mask():
         [torch.zeros(0, 4)],
         torch.utils.data.DataLoader([]),
     ],
-    ids=repr,
+    ids=lambda dataset: type(dataset).__name__,
 )
 def test_empty_datasets(dataset, tokenizer):
     with pytest.raises(BitpressError, match="empty"):

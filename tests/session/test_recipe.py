@@ -238,7 +238,9 @@ def test_an_unknown_name_gets_a_suggestion(name, suggestion):
         Recipe.of(name)
 
 
-@pytest.mark.parametrize("source", [None, 3, {}, object(), AWQModifier, {"AWQModifier": {}}, b"x"], ids=str)
+@pytest.mark.parametrize(
+    "source", [None, 3, {}, object(), AWQModifier, {"AWQModifier": {}}, b"x"], ids=lambda s: type(s).__name__
+)
 def test_what_is_no_recipe(source):
     with pytest.raises(BitpressError, match=r"is no recipe|not a modifier"):
         Recipe.of(source)
