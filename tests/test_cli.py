@@ -61,7 +61,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *["--text-column", "prose", "--splits", "train[:3]", "--batch-size", "2", "--concatenate-data", "--seed", "7"],
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
         *["--no-moe-calibrate-all-experts", "--arg", "group_size=64", "--arg", "ignore=[lm_head, 're:a=b']"],
-        *["--no-resume", "--no-stream", "--activations", "disk", "--max-shard-size", "1GB"],
+        *["--no-resume", "--no-stream", "--activations", "disk", "--device", "cpu", "--max-shard-size", "1GB"],
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -82,6 +82,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "resume": False,
         "stream": False,
         "activations": "disk",
+        "device": "cpu",
         "max_shard_size": "1GB",
         "trust_remote_code_model": True,
     }
