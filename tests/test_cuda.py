@@ -48,12 +48,12 @@ def test_streamed_and_loaded_models_are_those_of_the_cpu(recipe, dtype, tmp_path
         "cpu": {"device": "cpu"},
         "streamed": {"device": "cuda"},
         "loaded": {"device": "cuda", "stream": False},
-        "host": {"activations": "disk"},
+        "disk": {"activations": "disk"},
     }.items():
         out = tmp_path / name
         bitpress.oneshot(source, tokens(), RECIPES[recipe](), output_dir=out, progress=False, **options)
         found[name] = weights(out)
-    for name in ("streamed", "loaded", "host"):
+    for name in ("streamed", "loaded", "disk"):
         assert_close(found["cpu"], found[name])
 
 

@@ -45,7 +45,10 @@ def packed_to_nearest(
     scale, zero_point = _grid(weight, args, global_scale, scratch, name)
     of_tensor = args.strategy == QuantizationStrategy.TENSOR
     divisor, offset = step_sizes(scale, global_scale).float().unsqueeze(-1), zero_point.float().unsqueeze(-1)
-    points, packer = torch.empty(scratch.shape, dtype=points_dtype(args), device=weight.device), _Packer(weight, args)
+    points = torch.zeros(scratch.shape, dtype=points_dtype(args), device=weight.device)
+    in_place = args.type == QuantizationType.INT and fills_words(args.num_bits, columns)
+    one_row, spare = pack_points(points[:1], args), torch.empty_like(points)
+    packed = one_row.new_empty(rows, one_row.shape[1])
     every_view = group_view(scratch, args)
     kept = []
     for start in range(0, rows, step):
@@ -57,44 +60,16 @@ def packed_to_nearest(
             view.add_(offset[of_rows])
         found = points[: len(part)].copy_(round_to_points(part, args))
         kept.append(found[-start % SAMPLED_ROWS :: SAMPLED_ROWS].clone())
-        packer.take(start, found)
-    whole = PackedWeight(packer.words, (rows, columns), scale, zero_point, args, global_scale)
+        words = packed[start : start + step]
+        if in_place:
+            pack_in_place(found, args.num_bits, words, spare)
+        else:
+            words.copy_(pack_points(found, args))
+    whole = PackedWeight(packed, (rows, columns), scale, zero_point, args, global_scale)
     every = slice(None, None, SAMPLED_ROWS)
     at_scale, at_zero = (scale, zero_point) if of_tensor else (scale[every], zero_point[every])
     sampled = QuantizedWeight(torch.cat(kept), at_scale, at_zero, args, global_scale)
     return whole, relative_error(sampled.dequantize(), weight[every])
-
-
-class _Packer:
-    """Packs points, some rows after the other.
-
-    Attributes:
-        words: those of the weight.
-    """
-
-    words: Tensor
-
-    def __init__(self, weight: Tensor, args: QuantizationArgs) -> None:
-        self._rows, columns = weight.shape
-        self._args = args
-        self._scratch: Tensor | None = None
-        if args.type == QuantizationType.INT and fills_words(args.num_bits, columns):
-            self.words = torch.empty(
-                self._rows, columns * args.num_bits // 32, dtype=torch.int32, device=weight.device
-            )  # fmt: skip
-
-    def take(self, start: int, points: Tensor) -> None:
-        """Pack rows from ``start`` on; what is left of ``points`` is undefined."""
-        stop = start + len(points)
-        if self._args.type == QuantizationType.INT and fills_words(self._args.num_bits, points.shape[1]):
-            if self._scratch is None:
-                self._scratch = torch.empty_like(points)
-            pack_in_place(points, self._args.num_bits, self.words[start:stop], self._scratch)
-            return
-        packed = pack_points(points, self._args)
-        if not start:
-            self.words = packed.new_empty(self._rows, packed.shape[1])
-        self.words[start:stop] = packed
 
 
 def relative_error(values: Tensor, weight: Tensor) -> float:
