@@ -2,6 +2,9 @@
 
 Seconds are those of oneshot, from the loaded model to the compressed one, and of its phases. cpu_seconds are the
 processor's: what every rank does for itself shows there even on a busy machine, as far as that does not slow it down.
+
+Cores share caches, memory and heat. Runs that have nothing to do with one another, one for each rank and all at the
+same time, tell what the machine leaves of that many cores: the ceiling, beyond which no way of sharing can come.
 """
 
 import json
@@ -12,6 +15,7 @@ import time
 
 from task import arguments, start
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_THREADS": "1"}
 RECIPES = {"awq": "awq-w4a16-asym-g64", "balanced": "w4a16-balanced"}
 
 
@@ -34,16 +38,31 @@ def rank(args) -> None:
     print("RESULT", json.dumps(row), flush=True)
 
 
+def command(launcher: list[str]) -> list[str]:
+    return [*launcher, __file__, *sys.argv[1:], "--as-rank"]
+
+
+def results(out: str) -> list[dict]:
+    rows = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+    return sorted(rows, key=lambda row: row["rank"])
+
+
 def measure(ranks: int) -> list[dict]:
     """The rows of all ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_THREADS": "1"}
-    command = [*launcher, __file__, *sys.argv[1:], "--as-rank"]
-    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    rows = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
-    return sorted(rows, key=lambda row: row["rank"])
+    done = subprocess.run(command(launcher), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    return results(done.stdout)
+
+
+def measure_apart(runs: int) -> list[dict]:
+    """The rows of runs of one rank each, at the same time."""
+    started = [
+        subprocess.Popen(command([sys.executable]), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        for _ in range(runs)
+    ]
+    return [row for process in started for row in results(process.communicate()[0])]
 
 
 def main() -> None:
@@ -55,15 +74,16 @@ def main() -> None:
     if args.as_rank:
         rank(args)
         return
-    (alone,), several = measure(1), measure(args.ranks)
-    for row in (alone, *several):
+    (alone,), several, apart = measure(1), measure(args.ranks), measure_apart(args.ranks)
+    for row in (alone, *several, *apart):
         print("RESULT", json.dumps(row))
-    slowest = max(row["seconds"] for row in several)
-    cpu = max(row["cpu_seconds"] for row in several)
+    slowest, cpu = (max(row[kind] for row in several) for kind in ("seconds", "cpu_seconds"))
+    ceiling = args.ranks * alone["seconds"] / max(row["seconds"] for row in apart)
     print("RESULT", json.dumps({
         "recipe": args.recipe, "ranks": args.ranks, "samples": args.samples, "length": args.length,
         "times_as_fast": round(alone["seconds"] / slowest, 2),
         "cpu_times_as_fast": round(alone["cpu_seconds"] / cpu, 2),
+        "ceiling": round(ceiling, 2), "of_ceiling": round(alone["seconds"] / slowest / ceiling, 2),
     }))  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from bitpress.modifiers.sharing import search_ranges
 from bitpress.modifiers.smoothing import apart, apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
-from bitpress.ranks import ALONE, Found, Ranks, Work, share_out
-from bitpress.solvers import search_scales
+from bitpress.ranks import ALONE, Found, Piece, Ranks, Summing, Work, in_step, share_out
+from bitpress.solvers import scale_search
 from bitpress.statistics import InputStatistics, Statistic, pooled
 
 DEFAULT_GROUP_SIZE = 128
@@ -127,15 +127,16 @@ class AWQModifier(QuantizationModifier):
         """Smooth mappings that have nothing in common: many are shared out among ranks, few are searched by all."""
         known = [(mapping, *measured(state, mapping)) for mapping in mappings]
         known = [each for each in known if each[1]]
-        if state.ranks.size == 1 or len(known) < MAPPINGS_PER_RANK * state.ranks.size:
-            solved = [self._search(state, *each, state.ranks) for each in known]
+        if state.ranks.size > 1 and len(known) < MAPPINGS_PER_RANK * state.ranks.size:
+            solved = in_step([self._search(state, *each, state.ranks) for each in known], state.ranks)
         else:
             costs = [sum(weight_matrix(layer).numel() for layer in layers.values()) for _, layers, _ in known]
             works = [Work((i,), (1,), per_row=cost) for i, cost in enumerate(costs)]
-            parts = share_out(
-                state.ranks, works, lambda own: [self._search(state, *known[p.matrix], ALONE) for p in own]
-            )
-            solved = [found for of_mapping in parts.values() for found in of_mapping]
+
+            def alone(own: list[Piece]) -> list[Found]:
+                return [in_step([self._search(state, *known[piece.matrix], ALONE)], ALONE)[0] for piece in own]
+
+            solved = [found for parts in share_out(state.ranks, works, alone).values() for found in parts]
         for (mapping, _, _), found in zip(known, solved, strict=True):
             apply(state, mapping, found.tensors[0])
             record(state, mapping, **found.note)
@@ -147,10 +148,10 @@ class AWQModifier(QuantizationModifier):
         layers: dict[str, nn.Module],
         inputs: list[InputStatistics],
         ranks: Ranks,
-    ) -> Found:
+    ) -> Summing[Found]:
         # Experts that have seen other tokens than their neighbours: the input's statistics are those of all.
         statistics = pooled(inputs)
-        found = search_scales(
+        found = yield from scale_search(
             balance_weights(state, layers),
             statistics.gram,
             statistics.mean_magnitude,

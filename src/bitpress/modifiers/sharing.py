@@ -23,9 +23,9 @@ SAMPLED_ROWS = 4
 UNIT = 32
 # What a value costs where it is worked on by itself, and in a matrix product, in nanoseconds on one core.
 BY_ITSELF = 2.0
-IN_PRODUCT = 1 / 25
+IN_PRODUCT = 1 / 50
 # What calling kernels for a column costs.
-PER_COLUMN = 60_000
+PER_COLUMN = 40_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def factored_cost(columns: int, statistics: InputStatistics | None) -> Cost:
     if not is_known(statistics):
         return rounding
     factor = IN_PRODUCT * columns**3 + PER_COLUMN * columns
-    return Cost(factor, rounding.per_row + 10 * BY_ITSELF * columns + IN_PRODUCT * columns * columns / 2)
+    return Cost(factor, rounding.per_row + IN_PRODUCT * columns * columns / 2)
 
 
 def height(args: QuantizationArgs, *, apart: bool) -> int:

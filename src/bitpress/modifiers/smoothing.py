@@ -65,17 +65,21 @@ def measured(state: State, mapping: ResolvedMapping) -> tuple[dict[str, nn.Modul
 
 
 def apart(state: State, mappings: Sequence[ResolvedMapping]) -> list[list[ResolvedMapping]]:
-    """The mappings in their order, parted where one has a layer, or statistics, in common with one before it."""
+    """The mappings in as few parts as can be, so that each is in a later one than those before it that it meets.
+
+    Two meet that have a layer, or statistics, in common.
+    """
     found: list[list[ResolvedMapping]] = []
-    seen: set[str | int] = set()
+    seen: list[set[str | int]] = []
     for mapping in mappings:
         own: set[str | int] = {mapping.smooth_name, *mapping.balance}
         own |= {id(state.statistics[name]) for name in mapping.balance if name in state.statistics}
-        if not found or own & seen:
+        part = 1 + max((i for i, others in enumerate(seen) if own & others), default=-1)
+        if part == len(found):
             found.append([])
-            seen = set()
-        found[-1].append(mapping)
-        seen |= own
+            seen.append(set())
+        found[part].append(mapping)
+        seen[part] |= own
     return found
 
 

@@ -92,7 +92,9 @@ def finish(
         ranges: of the block with its new weights.
         before: of its earlier calls, if it is called more than once per forward.
     """
-    _merge_over_ranks(state, block, ranges)
+    wanted = (m.required_statistics(state, name) & Statistic.RANGE for m in modifiers for name in watched(state, block))
+    if any(wanted):
+        _merge_over_ranks(state, block, ranges)
     for name, statistics in ranges.items():
         if name in before and Statistic.RANGE in before[name].wanted:
             statistics.widen(before[name])

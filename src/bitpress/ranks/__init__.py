@@ -7,6 +7,7 @@ bits. A process that is alone has one rank, and every exchange gives it back its
 from bitpress.ranks.dealing import Found, Piece, Work, deal, share_out
 from bitpress.ranks.joining import among_ranks, current, is_first, joined
 from bitpress.ranks.ranks import ALONE, RankError, Ranks, Received
+from bitpress.ranks.stepping import Summing, in_step
 
 __all__ = [
     "ALONE",
@@ -15,10 +16,12 @@ __all__ = [
     "RankError",
     "Ranks",
     "Received",
+    "Summing",
     "Work",
     "among_ranks",
     "current",
     "deal",
+    "in_step",
     "is_first",
     "joined",
     "share_out",

@@ -1,7 +1,7 @@
 """The algorithms, as pure functions of weights, statistics and schemes. No modules, no models."""
 
 from bitpress.solvers.allocation import allocate
-from bitpress.solvers.awq import AWQ, BalanceWeight, search_scales
+from bitpress.solvers.awq import AWQ, BalanceWeight, scale_search, search_scales
 from bitpress.solvers.correction import corrected_weight
 from bitpress.solvers.descent import coordinate_descent
 from bitpress.solvers.gptq import GPTQ, gptq, gptq_together
@@ -31,6 +31,7 @@ __all__ = [
     "refine_together",
     "refit_scales",
     "round_to_nearest",
+    "scale_search",
     "search_parameters",
     "search_scales",
     "search_strength",

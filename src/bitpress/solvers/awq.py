@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitpress.quantization.grid import SEARCH_CHUNK, beside, block_shape, group_view, off_grid, spread
 from bitpress.quantization.scales import affine_floats, global_scale_of, has_global_scale
-from bitpress.ranks import ALONE, Ranks
+from bitpress.ranks import ALONE, Ranks, Summing, in_step
 from bitpress.solvers.ranges import weight_ranges
 
 # (stop, keep): after the first stop / PARTS of the rows only the best `keep` candidates go on.
@@ -30,6 +30,10 @@ ROUNDS = ((1, 6), (3, 3), (8, 1), (PARTS, 1))
 LEAST_ROWS = 32
 # A channel that was all but dead in calibration may not be later: its magnitude counts as this share of the mean.
 LEAST_MAGNITUDE = 0.01
+# Candidates for each rank from which on they are shared out, not the rows.
+MANY = 3
+# Strategies whose rows have nothing in common.
+ROWS_APART = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
 # Candidates that are scored in one product, on as many rows as stay in the cache.
 CANDIDATES = 8
 
@@ -91,16 +95,32 @@ def search_scales(
         duo_scaling: also divide by the weight's magnitude to the power 1 - r; "both" tries with and without.
         ranks: those that share the search out, row by row; all of them are given the same and get the same.
     """
-    weights = [layer.weight for layer in layers]
+    search = scale_search(
+        layers, gram, mean_magnitude, channel_map=channel_map, n_grid=n_grid, duo_scaling=duo_scaling, ranks=ranks
+    )
+    return in_step([search], ranks)[0]
+
+
+def scale_search(
+    layers: Sequence[BalanceWeight],
+    gram: Tensor,
+    mean_magnitude: Tensor,
+    *,
+    channel_map: Tensor | None = None,
+    n_grid: int = 20,
+    duo_scaling: bool | Literal["both"] = True,
+    ranks: Ranks = ALONE,
+) -> Summing[AWQ]:
+    """:func:`search_scales` for :func:`bitpress.ranks.in_step`, so that several take as many exchanges as one."""
     if channel_map is None:
         channel_map = torch.arange(gram.shape[0], device=gram.device)
     # Only channels that feed an input have a scale to be found.
     feeding, channel = channel_map.to(gram.device).unique(return_inverse=True)
     magnitude = _pool(mean_magnitude, channel)
     magnitude = magnitude.clamp(min=LEAST_MAGNITUDE * float(magnitude.mean()))
-    weight_magnitude = _pool(_weight_magnitude(weights, layers, ranks), channel)
-    ratios, duos, candidates = candidate_scales(magnitude, weight_magnitude, n_grid, duo_scaling)
-    best, errors = _race(layers, weights, gram, candidates[:, channel], ranks)
+    sizes = yield from _weight_magnitude(layers, ranks)
+    ratios, duos, candidates = candidate_scales(magnitude, _pool(sizes, channel), n_grid, duo_scaling)
+    best, errors = yield from _race(layers, gram, candidates[:, channel], ranks)
     scales = torch.ones(int(feeding[-1]) + 1, device=gram.device)
     scales[feeding] = candidates[best]
     return AWQ(scales, ratios[best], duos[best], errors[best], errors[0])
@@ -135,11 +155,11 @@ def _pool(per_input: Tensor, channel: Tensor) -> Tensor:
     return (torch.zeros(len(count), dtype=values.dtype).index_add_(0, channel, values) / count).to(per_input.device)
 
 
-def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight], ranks: Ranks) -> Tensor:
+def _weight_magnitude(layers: Sequence[BalanceWeight], ranks: Ranks) -> Summing[Tensor]:
     """Mean over all rows of abs(W) relative to the greatest of its group: (in,), in [0, 1]."""
-    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    for weight, layer in zip(weights, layers, strict=True):
-        mine, block = weight[ranks.part(0, len(weight), _height(layer))], block_shape(layer.args)
+    total = layers[0].weight.new_zeros(layers[0].weight.shape[1], dtype=torch.float32)
+    for layer in layers:
+        mine, block = layer.weight[ranks.part(0, len(layer.weight), _height(layer))], block_shape(layer.args)
         if not mine.numel():
             continue
         absolute = mine.abs().float()
@@ -150,24 +170,24 @@ def _weight_magnitude(weights: Sequence[Tensor], layers: Sequence[BalanceWeight]
             view = absolute.unsqueeze(1)
             greatest = spread(weight_ranges(absolute, layer.args)[1], absolute.shape, block).unsqueeze(1)
         total += view.div_(greatest.clamp_(min=torch.finfo(torch.float32).tiny)).flatten(1).sum(0)
-    ranks.sum([total])
-    return total / sum(map(len, weights))
+    yield total
+    return total / sum(len(layer.weight) for layer in layers)
 
 
 def _race(
-    layers: Sequence[BalanceWeight], weights: Sequence[Tensor], gram: Tensor, scales: Tensor, ranks: Ranks
-) -> tuple[int, dict[int, float]]:
+    layers: Sequence[BalanceWeight], gram: Tensor, scales: Tensor, ranks: Ranks
+) -> Summing[tuple[int, dict[int, float]]]:
     """The index of the best of ``scales`` (candidates, in), and the errors over all rows of it and of candidate 0."""
+    weights = [layer.weight for layer in layers]
     peaks = column_peaks(layers, weights)
-    mine = [ranks.part(0, len(weight), _height(layer)) for layer, weight in zip(layers, weights, strict=True)]
-    found = [
-        row_errors(layer, weight, part, gram, scales[:1], peaks)[0]
-        for layer, weight, part in zip(layers, weights, mine, strict=True)
-    ]
-    rows = [torch.cat(parts) for parts in zip(*(r.tensors for r in ranks.gather(found)), strict=True)]
-    untouched = sum(float(r.double().sum()) for r in rows)
-    orders = [_order(layer, r) for layer, r in zip(layers, rows, strict=True)]
-    parts = max(1, min(PARTS, sum(weight.shape[0] for weight in weights) // LEAST_ROWS))
+    rows = gram.new_zeros(sum(map(len, weights)))
+    for layer, of_layer in zip(layers, rows.split([len(w) for w in weights]), strict=True):
+        part = ranks.part(0, len(layer.weight), _height(layer))
+        of_layer[part] = row_errors(layer, layer.weight, part, gram, scales[:1], peaks)[0]
+    yield rows
+    untouched = float(rows.double().sum())
+    orders = [_order(layer, r) for layer, r in zip(layers, rows.split([len(w) for w in weights]), strict=True)]
+    parts = max(1, min(PARTS, len(rows) // LEAST_ROWS))
     alive = list(range(1, len(scales)))
     errors = torch.zeros(len(scales), dtype=torch.float64)
     seen = 0
@@ -175,20 +195,55 @@ def _race(
         until = -(-stop * parts // PARTS)
         if until == seen:
             continue  # few rows: no more is known than after the round before
-        sums = torch.zeros(len(alive), dtype=torch.float64)
-        for layer, weight, order in zip(layers, weights, orders, strict=True):
-            height = _height(layer)
-            first, last = (height * (-(-weight.shape[0] // height) * part // parts) for part in (seen, until))
-            part = ranks.part(first, min(last, len(weight)), height)
-            sums += row_errors(layer, weight, order[part], gram, scales[alive], peaks).double().sum(1).cpu()
-        ranks.sum([sums])
-        errors[alive] += sums
+        mine, chosen = _share(layers, orders, alive, [seen, until], parts, ranks)
+        sums = torch.zeros_like(errors)
+        sums[mine] = _errors(layers, chosen, gram, scales[mine], peaks)
+        yield sums
+        errors += sums
         seen = until
         alive = sorted(alive, key=lambda i: float(errors[i]))[:keep]
     best = alive[0] if alive else 0
     if not best or errors[best] >= untouched:
         return 0, {0: untouched}
     return best, {0: untouched, best: float(errors[best])}
+
+
+def _share(
+    layers: Sequence[BalanceWeight],
+    orders: Sequence[Tensor],
+    alive: list[int],
+    bounds: Sequence[int],
+    parts: int,
+    ranks: Ranks,
+) -> tuple[list[int], list[Tensor]]:
+    """This rank's candidates and, of each layer, its rows between bounds of their order, in ``parts``.
+
+    Many candidates are shared out, and the rows of few: a call for few rows costs nearly what one for many does.
+    """
+    by_candidate = len(alive) >= MANY * ranks.size
+    chosen = []
+    for layer, order in zip(layers, orders, strict=True):
+        height = _height(layer)
+        units = -(-len(order) // height)
+        first, last = (min(height * (units * bound // parts), len(order)) for bound in bounds)
+        chosen.append(order[slice(first, last) if by_candidate else ranks.part(first, last, height)])
+    return alive[ranks.rank :: ranks.size] if by_candidate else alive, chosen
+
+
+def _errors(
+    layers: Sequence[BalanceWeight], rows: Sequence[Tensor], gram: Tensor, scales: Tensor, peaks: Tensor | None
+) -> Tensor:
+    """The sums of :func:`row_errors` over the rows of all layers: (candidates,), float64, on the CPU."""
+    first = layers[0]
+    alike = all(layer.args == first.args and layer.dtype == first.dtype for layer in layers)
+    small = sum(map(len, rows)) * gram.shape[0] <= SEARCH_CHUNK
+    parts = [(layer, layer.weight, of_layer) for layer, of_layer in zip(layers, rows, strict=True)]
+    if alike and small and first.args.strategy in ROWS_APART and not has_global_scale(first.args):
+        # One call of the kernels for all.
+        whole = torch.cat([weight[of_layer] for _, weight, of_layer in parts])
+        parts = [(first, whole, torch.arange(len(whole), device=whole.device))]
+    sums = [row_errors(*part, gram, scales, peaks).double().sum(1) for part in parts]
+    return torch.stack(sums).sum(0).cpu()
 
 
 def column_peaks(layers: Sequence[BalanceWeight], weights: Sequence[Tensor]) -> Tensor | None:

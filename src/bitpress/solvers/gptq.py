@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs, QuantizationType
 from torch import Tensor
 
-from bitpress.quantization.grid import GROUPED, block_shape, points_dtype, round_to_points
+from bitpress.quantization.grid import GROUPED, block_shape, integer_range, points_dtype, round_to_points
 from bitpress.quantization.scales import has_global_scale, shared_global_scale, step_sizes
 from bitpress.quantization.weights import QuantizedWeight
 from bitpress.solvers.ranges import minmax_parameters
@@ -49,8 +50,8 @@ def gptq(
 ) -> GPTQ:
     """The points that GPTQ chooses (Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1), on any grid.
 
-    For each column j, with U the upper Cholesky factor of ``(H + dI)^-1``: the column is rounded, and its error over
-    ``U[j, j]`` times the rest of U's row j is taken from the columns behind it. Within a block that is done by halves:
+    For each column j, with U the upper Cholesky factor of ``(H + dI)^-1``: the column is rounded, and its error
+    times U's row j over ``U[j, j]`` is taken from the columns behind it. Within a block that is done by halves:
     once the left half is rounded, one product takes its errors from the right half. Behind the block, block by block.
 
     Every range is known before the first column is rounded: with ``args.actorder`` "weight" (or "static") the columns
@@ -108,8 +109,8 @@ def gptq_together(
         stop = min(start + block_size, len(H))
         solver.solve(start, stop)
         solver.pass_on(start, stop, len(H))
-    points = torch.empty_like(solver.values)
-    points[columns] = solver.values
+    points = torch.empty_like(solver.left)
+    points[columns] = solver.points()
     return [
         GPTQ(QuantizedWeight(part.T.contiguous().to(points_dtype(args)), *parameters, args, whole), used)
         for part, parameters, whole in zip(points.split(rows, 1), found, wholes, strict=True)
@@ -139,15 +140,25 @@ def group_of(columns: Tensor, args: QuantizationArgs) -> list[int]:
 
 
 class _Columns:
-    """The columns while they are solved, as rows: ``left`` holds what is left to be rounded, then the errors."""
+    """The columns while they are solved, as rows: ``left`` holds what is left to be rounded, then the errors.
+
+    The factor's rows are divided by its diagonal, once, in place of each error. Calling a kernel costs more than it
+    takes for a column of a small layer: what can be is done for all columns at once.
+    """
 
     def __init__(
         self, left: Tensor, factor: Tensor, step: Tensor, zero_point: Tensor, groups: list[int], args: QuantizationArgs
     ) -> None:
-        self.left, self.factor, self.step, self.groups, self.args = left, factor, step, groups, args
-        self.zero_point = None if args.symmetric else zero_point
-        self.values = torch.empty_like(left)
-        self.diagonal = factor.diagonal().tolist()
+        self.left, self.factor, self.args = left, factor.div_(factor.diagonal().clone().unsqueeze(1)), args
+        self.zero_point = None if args.symmetric else zero_point[groups]
+        steps, limits = step.unbind(), self._limits(zero_point)
+        self.of_column = [(steps[g], *limits[g]) for g in groups]
+        # Points less their zero point, until all are known.
+        self.offsets = torch.empty_like(left)
+
+    def points(self) -> Tensor:
+        """What was chosen, once all columns are solved: of the shape of ``left``."""
+        return self.offsets if self.zero_point is None else self.offsets.add_(self.zero_point)
 
     def solve(self, start: int, stop: int) -> None:
         if stop - start > LEAF:
@@ -156,26 +167,32 @@ class _Columns:
             self.pass_on(start, middle, stop)
             self.solve(middle, stop)
             return
-        for j in range(start, stop):
-            self._round(j)
-            if j + 1 < stop:
-                self.left[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], self.left[j], alpha=-1)
+        errors, columns = self.left[start:stop].T, self.factor[start:stop, start:stop].unbind(1)
+        rows = zip(self.left[start:stop].unbind(), self.offsets[start:stop].unbind(), strict=True)
+        for k, (x, q) in enumerate(rows):
+            if k:
+                x.addmv_(errors[:, :k], columns[k][:k], alpha=-1)
+            step, low, high = self.of_column[start + k]
+            torch.div(x, step, out=q)
+            if low is None:
+                round_to_points(q, self.args)
+            else:
+                torch.clamp(q.round_(), low, high, out=q)
+            x.addcmul_(q, step, value=-1)
 
     def pass_on(self, start: int, middle: int, stop: int) -> None:
         """Take the errors of the columns up to ``middle`` from those behind it."""
         if middle < stop:
             self.left[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.left[start:middle], alpha=-1)
 
-    def _round(self, j: int) -> None:
-        """Round column j, and put its error over ``U[j, j]`` in its place."""
-        step, q = self.step[self.groups[j]], self.values[j]
-        torch.div(self.left[j], step, out=q)
-        zero_point = None if self.zero_point is None else self.zero_point[self.groups[j]]
-        if zero_point is not None:
-            q.add_(zero_point)
-        round_to_points(q, self.args)
-        offset = q if zero_point is None else q - zero_point
-        self.left[j].addcmul_(offset, step, value=-1).div_(self.diagonal[j])
+    def _limits(self, zero_point: Tensor) -> list[tuple[Any, Any]]:
+        """The least and the greatest offset of each group; None where the points are not integers."""
+        if self.args.type != QuantizationType.INT:
+            return [(None, None)] * len(zero_point)
+        low, high = integer_range(self.args)
+        if self.zero_point is None:
+            return [(low, high)] * len(zero_point)
+        return list(zip((low - zero_point).unbind(), (high - zero_point).unbind(), strict=True))
 
 
 def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
@@ -197,9 +214,10 @@ def inverse_factor(gram: Tensor, dampening: float) -> tuple[Tensor, float]:
         added = used * mean
         # With P the reversal of order and P H P = L L^T, the factor is P L^-1 P: one factorization, no inverse of H.
         lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
-        if not failed and lower.isfinite().all():
+        # What is not finite in a row is so on its diagonal.
+        if not failed and lower.diagonal().isfinite().all():
             factor = _inverse(lower).flip(0, 1)
-            if factor.isfinite().all():
+            if factor.sum().isfinite():
                 return factor, used
         if not math.isfinite(added):
             return torch.eye(len(H), dtype=H.dtype, device=H.device), used

@@ -188,20 +188,22 @@ class InputStatistics:
         if self._high is not None and other._high is not None:
             torch.maximum(self._high, other._high, out=self._high)
 
-    def merge_over(self, ranks: Ranks, rows: int, held_out_rows: int) -> None:
-        """Take in what all ranks saw; the statistics of each are one of those that :func:`merge_all` pairs.
+    def shared(self, rows: int, held_out_rows: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The tensors to be summed over the ranks, and those whose greatest and whose least values count, in place.
 
         Args:
-            ranks: the ranks.
-            rows: of all of them.
-            held_out_rows: of all of them.
+            rows: of all ranks.
+            held_out_rows: of all ranks.
         """
         self._mirrored.clear()
         self.rows, self.held_out_rows = rows, held_out_rows
         panels = [panel for t in (self._lower, self._held_out) if t is not None for panel in _panels(t)]
-        ranks.sum([*panels, *(t for t in (self._drift, self._sum) if t is not None)])
-        ranks.greatest([t for t in (self._max, self._high) if t is not None])
-        ranks.least([t for t in (self._low,) if t is not None])
+        summed = [*panels, *(t for t in (self._drift, self._sum) if t is not None)]
+        return (
+            summed,
+            [t for t in (self._max, self._high) if t is not None],
+            [t for t in (self._low,) if t is not None],
+        )
 
     def clone(self) -> "InputStatistics":
         """A copy that shares nothing."""
@@ -267,9 +269,14 @@ def merge_all(statistics: dict[str, InputStatistics], ranks: Ranks, device: Call
                 taken.add(number)
         statistics.pop(name, None)
         statistics[name] = shared[key]
+    kinds_of_sum: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
     for key, each in shared.items():
         of_ranks = [k[i] for i, (_, k) in zip(key, notes, strict=True) if i is not None]
-        each.merge_over(ranks, *(sum(counts) for counts in zip(*(k[2:] for k in of_ranks), strict=True)))
+        counts = (sum(of_all) for of_all in zip(*(k[2:] for k in of_ranks), strict=True))
+        for kind, tensors in zip(kinds_of_sum, each.shared(*counts), strict=True):
+            kind.extend(tensors)
+    for exchange, tensors in zip((ranks.sum, ranks.greatest, ranks.least), kinds_of_sum, strict=True):
+        exchange(tensors)
 
 
 def _panels(lower: Tensor) -> list[Tensor]:
