@@ -10,6 +10,7 @@ from torch import nn
 from bitpress.checkpoints.pretrained import load_named
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
+from bitpress.models.devices import device_of
 from bitpress.models.experts import find_layer
 from bitpress.modifiers import AWQMapping, QuantizationModifier, State
 from bitpress.modifiers.resolving import resolve_mappings
@@ -55,9 +56,8 @@ def find_mappings(  # noqa: PLR0913
     data = _random_tokens(model, seed) if dataset is None else dataset
     batches = prepare(data, tokenizer=tokenizer, num_calibration_samples=1, model=model)
     state = _state(model, targets, ignore, sequential_targets, seed)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with calibrating(model):
-        dry_run(state, batches.probe().to(device))
+        dry_run(state, batches.probe().to(device_of(model)))
         found = resolve_mappings(model, state.blocks, stated=mappings, seed=seed)
     return report_mappings(model, state.blocks, found)
 

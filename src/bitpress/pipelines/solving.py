@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from bitpress.models.blocks import Block
+from bitpress.models.devices import device_of
 from bitpress.models.linears import in_features
 from bitpress.models.taps import Tap
 from bitpress.modifiers import Modifier, State
@@ -130,10 +130,5 @@ def take_notes(state: State, notes: Mapping[str, Any]) -> None:
 
 
 def _merge_over_ranks(state: State, block: Block, statistics: dict[str, InputStatistics]) -> None:
-    merge_all(statistics, state.ranks, lambda name: _device(watched(state, block)[name], state.model))
-
-
-def _device(layer: nn.Module, model: nn.Module) -> torch.device:
-    """Where a layer computes; a tap has no parameters, and is asked for the model's."""
-    parameters = (p for module in (layer, model) for p in module.parameters())
-    return next((p.device for p in parameters), torch.device("cpu"))
+    # A tap has no parameters: its device is the model's.
+    merge_all(statistics, state.ranks, lambda name: device_of(watched(state, block)[name], state.model))

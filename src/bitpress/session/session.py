@@ -12,6 +12,7 @@ from torch import nn
 from bitpress.checkpoints import Changes, attach, attach_attention, is_quantized
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import find_blocks
+from bitpress.models.devices import device_of
 from bitpress.models.experts import find_layer
 from bitpress.models.linears import in_features, weight_matrix
 from bitpress.models.lora import check_no_adapters
@@ -83,7 +84,7 @@ class Session:
         """Where the model computes."""
         if self.residence is not None:
             return self.residence.device
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def check(self) -> None:
         """What can be refused before any data is read: the model, targets, schemes, shapes, blocks.
