@@ -105,8 +105,12 @@ class AWQModifier(QuantizationModifier):
 
     def on_block(self, state: State, block: Block) -> None:
         """Smooth the block's mappings; quantize too if the scheme is this modifier's."""
+        figures: dict[int, dict[str, Any]] = {}
         for mappings in apart(state, self._resolved[block.name]):
-            self._smooth(state, mappings)
+            figures |= self._smooth(state, mappings)
+        for mapping in self._resolved[block.name]:
+            if id(mapping) in figures:
+                record(state, mapping, **figures[id(mapping)])
         if self.clip:
             self._choose_ranges(state, block)
         super().on_block(state, block)
@@ -123,8 +127,11 @@ class AWQModifier(QuantizationModifier):
         observed = states_observer(state.schemes[name].weights)
         return name in state.statistics and not observed and self._considers(name, layer, block)
 
-    def _smooth(self, state: State, mappings: Sequence[ResolvedMapping]) -> None:
-        """Smooth mappings that have nothing in common: many are shared out among ranks, few are searched by all."""
+    def _smooth(self, state: State, mappings: Sequence[ResolvedMapping]) -> dict[int, dict[str, Any]]:
+        """Smooth mappings that have nothing in common, and give the figures of each, by its ``id``.
+
+        Many are shared out among ranks; few are searched by all.
+        """
         known = [(mapping, *measured(state, mapping)) for mapping in mappings]
         known = [each for each in known if each[1]]
         if state.ranks.size > 1 and len(known) < MAPPINGS_PER_RANK * state.ranks.size:
@@ -139,7 +146,7 @@ class AWQModifier(QuantizationModifier):
             solved = [found for parts in share_out(state.ranks, works, alone).values() for found in parts]
         for (mapping, _, _), found in zip(known, solved, strict=True):
             apply(state, mapping, found.tensors[0])
-            record(state, mapping, **found.note)
+        return {id(mapping): found.note for (mapping, _, _), found in zip(known, solved, strict=True)}
 
     def _search(
         self,
