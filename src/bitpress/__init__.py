@@ -2,6 +2,8 @@
 
 from bitpress.checkpoints import load, save
 from bitpress.errors import BitpressError
+from bitpress.evaluate import evaluate
+from bitpress.evaluation import Evaluation
 from bitpress.mappings import find_mappings
 from bitpress.modifiers import (
     AWQMapping,
@@ -22,11 +24,13 @@ __all__ = [
     "AWQModifier",
     "BitpressError",
     "DistillationModifier",
+    "Evaluation",
     "GPTQModifier",
     "Modifier",
     "QuantizationModifier",
     "Recipe",
     "SmoothQuantModifier",
+    "evaluate",
     "find_mappings",
     "load",
     "oneshot",

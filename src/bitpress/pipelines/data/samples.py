@@ -63,6 +63,18 @@ def gather(
     return samples
 
 
+def whole_sequences(source: Texts | TokenIds, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Tensor]:
+    """Every sequence that is not empty, uncut, in the dataset's order: int64 of shape (length,), without padding.
+
+    Raises:
+        BitpressError: An item cannot be read.
+    """
+    for sample in _sequences(source, enumerate(source.items), tokenizer, None):
+        ids = sample["input_ids"][sample["attention_mask"].bool()]
+        if len(ids):
+            yield ids
+
+
 def permutation(length: int, seed: int | None) -> list[int]:
     """Return the indices below `length`, shuffled by `seed`; in order without one."""
     if seed is None:
