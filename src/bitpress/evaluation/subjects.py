@@ -76,7 +76,8 @@ class Subject:
         except BitpressError:
             return False
         moved = (logits[0, :-1] - logits[1, :-1]).abs().max()
-        return bool(moved <= CAUSAL_WITHIN * logits.std())
+        # What is no number at all says nothing against it.
+        return not bool(moved > CAUSAL_WITHIN * logits.std())
 
     def refuse(self) -> BitpressError:
         """The error for a model that does not predict tokens."""
