@@ -3,6 +3,7 @@
 Each test runs in one other process, which keeps the device.
 """
 
+import copy
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -10,8 +11,9 @@ import pytest
 import simulated
 import torch
 from architectures import ARCHITECTURES
+from compressing import sentences, tokenizer
 from test_streaming import files, report, stored
-from tiny import llama
+from tiny import MLP, llama
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bitpress
@@ -188,6 +190,23 @@ def an_interrupted_run_goes_on(path):
     )
 
 
+def evaluation_is_same(path):
+    for name, seed in (("model", 0), ("original", 1)):
+        stored(llama(hidden_size=32, intermediate_size=32, initializer_range=0.12 + seed), path / name)
+        tokenizer().save_pretrained(path / name)
+    questions = [{"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 1}]
+    mlp, rows = MLP(4, 4), torch.rand(5, 4)
+    cpu, device = (
+        (
+            bitpress.evaluate(path / "model", sentences(), original=path / "original", choices=questions, device=place),
+            bitpress.evaluate(copy.deepcopy(mlp).to(place), rows, original=MLP(4, 4).to(place)).outputs.samples,
+        )
+        for place in ("cpu", str(simulated.make()))
+    )
+    assert cpu[0].agreement.divergence > 0
+    assert (cpu[0].to_dict(), cpu[1]) == (device[0].to_dict(), device[1])
+
+
 def devices_do_not_mix():
     """The device is one: what CUDA refuses is refused, and nothing else."""
     device = simulated.make()
@@ -243,6 +262,10 @@ def test_loaded(elsewhere, name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_models(elsewhere, name, tmp_path):
     elsewhere(model_is_same, name, tmp_path)
+
+
+def test_evaluation(elsewhere, tmp_path):
+    elsewhere(evaluation_is_same, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])

@@ -84,6 +84,8 @@ def evaluate(  # noqa: PLR0913
     if tasks:
         check_installed()
     questions = None if choices is None else read_questions(choices, num_samples)
+    if device is not None and isinstance(model, nn.Module) and (original is None or isinstance(original, nn.Module)):
+        raise BitpressError("device= is for models that are given by their paths: move the modules themselves there.")
     opening: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code_model}
     subject, other = _open(model, original, tokenizer, opening)
     found: dict[str, Any] = {"model": subject.name, "original": None if other is None else other.name}

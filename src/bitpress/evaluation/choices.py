@@ -107,7 +107,8 @@ def encode_pair(tokenizer: Any, context: str, choice: str) -> tuple[list[int], i
     alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     start = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
     first = _first_token(tokenizer)
-    if first is not None and (_begins_texts(tokenizer, first) or start == 0):
+    added = tokenizer(texts[1])["input_ids"][:1] == [first] and whole[:1] != [first]
+    if first is not None and (added or start == 0):
         return [first, *whole], start + 1
     return list(whole), start
 
@@ -115,10 +116,6 @@ def encode_pair(tokenizer: Any, context: str, choice: str) -> tuple[list[int], i
 def _first_token(tokenizer: Any) -> int | None:
     tokens = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
     return next((int(token) for token in tokens if token is not None), None)
-
-
-def _begins_texts(tokenizer: Any, first: int) -> bool:
-    return bool(tokenizer("a")["input_ids"][:1] == [first])
 
 
 def _requests(subject: Subject, questions: Sequence[Question]) -> Iterable[_Request]:

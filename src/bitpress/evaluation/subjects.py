@@ -112,6 +112,7 @@ def open_subject(
         BitpressError: nothing can be loaded by the name, or the device has no room for it.
     """
     if isinstance(given, nn.Module):
+        # Computed where it is: `device` is for the other one, if that is named.
         return Subject(type(given).__name__, given, _tokenizer(tokenizer, trust_remote_code))
     place = find_device(device)
     model = _load(given, trust_remote_code)
