@@ -40,7 +40,7 @@ class Agreement:
 
 def agreement(scores: TokenScores, worst: tuple[WorstToken, ...] = ()) -> Agreement | None:
     """The agreement of scored tokens; None if there was no original."""
-    if scores.divergence is None or scores.original_nll is None:
+    if scores.divergence is None or scores.original_nll is None or scores.original_top is None:
         return None
     mean, error = mean_and_error(scores.divergence)
     quantiles = scores.divergence.double().sort().values
@@ -52,7 +52,7 @@ def agreement(scores: TokenScores, worst: tuple[WorstToken, ...] = ()) -> Agreem
         float(quantiles[(len(quantiles) - 1) // 2]),
         float(quantiles[round(0.99 * (len(quantiles) - 1))]),
         float(quantiles[-1]),
-        float((scores.top == scores.original_top).to(torch.float64).mean()),
+        float(torch.eq(scores.top, scores.original_top).double().mean()),
         exp(mean_and_error(scores.original_nll)[0]),
         ratio,
         ratio * lost_error,

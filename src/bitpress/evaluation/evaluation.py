@@ -51,14 +51,10 @@ class Evaluation:
     def lines(self) -> list[str]:
         """For people."""
         found = [self.model if self.original is None else f"{self.model}, beside {self.original}"]
-        for part, write in (
-            (self.perplexity, _of_perplexity),
-            (self.agreement, _of_agreement),
-            (self.outputs, _of_outputs),
-            (self.choices, _of_choices),
-        ):
-            if part is not None:
-                found += write(part)
+        found += _of_perplexity(self.perplexity) if self.perplexity else []
+        found += _of_agreement(self.agreement) if self.agreement else []
+        found += _of_outputs(self.outputs) if self.outputs else []
+        found += _of_choices(self.choices) if self.choices else []
         for task, figures in (self.tasks or {}).items():
             beside = (self.original_tasks or {}).get(task, {})
             found += [

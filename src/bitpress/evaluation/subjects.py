@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoints import load
 from bitpress.checkpoints.pretrained import load_named, split_gguf
+from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.errors import BitpressError
 from bitpress.memory import free_memory
 from bitpress.pipelines.calibrating import calibrating
@@ -122,7 +123,7 @@ def open_subject(
             f'{given} takes {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that {place} has free: state device="cpu".'
         )
     found = _beside(given, trust_remote_code) if tokenizer is None else _tokenizer(tokenizer, trust_remote_code)
-    return Subject(os.fspath(given), model.to(place), found)
+    return Subject(str(given), model.to(place), found)
 
 
 def check_same_tokens(subject: Subject, original: Subject) -> None:
@@ -175,17 +176,16 @@ def evaluating(*subjects: Subject | None) -> Iterator[None]:
         yield
 
 
-def _load(given: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
-    path = Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else None
-    config = path / "config.json" if path is not None else None
-    if path is not None and config is not None and config.is_file():
+def _load(given: Any, trust_remote_code: bool) -> nn.Module:
+    config = Path(given).expanduser() / CONFIG_FILE if isinstance(given, (str, os.PathLike)) else None
+    if config is not None and config.is_file():
         try:
             stated = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BitpressError(f"{config} is not JSON: {error}") from error
-        quantization = stated.get("quantization_config") or {}
-        if quantization.get("quant_method") == "compressed-tensors":
-            return load(path, **({"trust_remote_code": True} if trust_remote_code else {}))
+        if (stated.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
+            options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+            return load(config.parent, **options)
     return load_named(given, trust_remote_code=trust_remote_code)
 
 
