@@ -192,7 +192,7 @@ def an_interrupted_run_goes_on(path):
 
 def evaluation_is_same(path):
     for name, seed in (("model", 0), ("original", 1)):
-        stored(llama(hidden_size=32, intermediate_size=32, initializer_range=0.12 + seed), path / name)
+        stored(llama(hidden_size=32, intermediate_size=32, initializer_range=0.12 + 0.1 * seed), path / name)
         tokenizer().save_pretrained(path / name)
     questions = [{"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 1}]
     mlp, rows = MLP(4, 4), torch.rand(5, 4)
@@ -204,7 +204,12 @@ def evaluation_is_same(path):
         for place in ("cpu", str(simulated.make()))
     )
     assert cpu[0].agreement.divergence > 0
-    assert (cpu[0].to_dict(), cpu[1]) == (device[0].to_dict(), device[1])
+    # What torch composes for any device adds up in another order.
+    of_tokens = device[0].tokens.tensors()
+    assert all(value.device.type == "cpu" for value in of_tokens.values())
+    torch.testing.assert_close(of_tokens, cpu[0].tokens.tensors(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(device[0].choices.log_likelihoods, cpu[0].choices.log_likelihoods, rtol=1e-4, atol=1e-6)
+    assert cpu[1] == device[1] == 5
 
 
 def devices_do_not_mix():

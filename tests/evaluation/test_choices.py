@@ -63,7 +63,7 @@ def test_beside_the_original():
     model, original = oneshot(tiny.llama(), recipe=rtn(bits=2)), tiny.llama()
     words = [{"question": a, "choices": WORDS[i : i + 20], "answer": i % 7} for i, a in enumerate(WORDS[:30])]
     found, alone = (
-        evaluate(each, choices=words, tokenizer=tokenizer(), **beside).choices
+        evaluate(each, choices=words, tokenizer=tokenizer(), batch_size=20, **beside).choices
         for each, beside in ((model, {"original": original}), (original, {}))
     )
     assert found.original_accuracy == alone.accuracy
