@@ -107,7 +107,7 @@ def test_formats_side_by_side(source, tmp_path):
         "W4A16": "down_proj",
     }
     groups = {n: weights_of(n).model_copy(update={"targets": [f"re:.*({of})$"]}) for n, of in parts.items()}
-    model = oneshot(model_of(source, torch.bfloat16), None, QuantizationModifier(config_groups=groups))
+    model = oneshot(model_of(source, torch.bfloat16), None, QuantizationModifier(config_groups=groups, fused=False))
     model.save_pretrained(tmp_path / "out")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
     assert config.quantization_config.format == "mixed-precision"

@@ -12,7 +12,7 @@ from serving.server import Server
 TOKENS = 32
 PROMPTS = (
     "The old lighthouse keeper had not spoken to anyone for three weeks, and when the boat finally came",
-    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
     "Water boils at 100 degrees Celsius at sea level, but on a high mountain it boils at a lower temperature because",
     "It is a truth universally acknowledged, that a single man in possession of a good fortune,",
     "To make a simple tomato soup for four people you need the following ingredients:",

@@ -3,7 +3,7 @@
 Its CPU backend is what is tested: others read the same files, and take more schemes.
 """
 
-import logging
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,12 @@ from bitpress import oneshot
 from bitpress.modifiers import QuantizationModifier
 from bitpress.quantization import QuantizationArgs, QuantizationScheme
 
-pytestmark = pytest.mark.serving
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not here: make test-serving"),
+]
 
-logger = logging.getLogger(__name__)
+DTYPE = torch.float16
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\.(gate|up)_proj$"
 DOWN = r"re:.*down_proj$"
@@ -28,9 +31,7 @@ DOWN = r"re:.*down_proj$"
 def group(weights: dict[str, Any], inputs: dict[str, Any] | None = None, *targets: str, **more: Any) -> Any:
     of_inputs = None if inputs is None else QuantizationArgs(**inputs)
     found = list(targets) or ["Linear"]
-    return QuantizationScheme(
-        targets=found, weights=QuantizationArgs(**weights), input_activations=of_inputs, **more
-    )
+    return QuantizationScheme(targets=found, weights=QuantizationArgs(**weights), input_activations=of_inputs, **more)
 
 
 def integers(bits: int, size: int | None = None, *, symmetric: bool = True) -> dict[str, Any]:
@@ -90,3 +91,58 @@ SERVED = {
     ),
     "W4A16 MLP, attention as it is": Case(lambda: grouped(group(integers(4, 64), None, MLP, DOWN))),
 }
+# What the CPU backend of vLLM 0.32 has no kernel for, with a part of its own message.
+REFUSED = {
+    "W8A16": Case(lambda: grouped(group(INT8)), "uint8b128"),
+    "W3A16, groups of 64": Case(lambda: grouped(group(integers(3, 64))), "uint3b4"),
+    "W4A8": Case(lambda: grouped(group(integers(4, 64), PER_TOKEN)), "."),
+    "FP8, inputs per token": Case(lambda: preset("FP8_DYNAMIC"), "."),
+    "FP8 weights": Case(lambda: grouped(group({**FP8, "strategy": "channel"})), "."),
+    "FP8 in blocks": Case(lambda: preset("FP8_BLOCK"), "."),
+    "NVFP4A16": Case(lambda: preset("NVFP4A16"), "."),
+    "MXFP4A16": Case(lambda: preset("MXFP4A16"), "."),
+    "FP8 cache": Case(lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(**FP8)), ".", True),
+    "int8 cache": Case(
+        lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(num_bits=8)), ".", True
+    ),
+}
+
+
+def checkpoint(case: Case, folder: Any, dtype: torch.dtype) -> Any:
+    """The model in memory, whose checkpoint is written to ``folder``."""
+    model, tokenizer = smollm2().load_smollm2(dtype)
+    data = smollm2().calibration_tokens(tokenizer, 4, 128).tolist() if case.calibrated else None
+    oneshot(model, data, case.recipe(), tokenizer=tokenizer, progress=False)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def floor(tmp_path_factory, served):
+    """How vLLM and transformers agree on the model as it is: what their order of adding up alone makes."""
+    folder = tmp_path_factory.mktemp("dense") / "out"
+    model, tokenizer = smollm2().load_smollm2(DTYPE)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with serve(folder, DTYPE) as server:
+        found = compare(model, server)
+    served["as it is"] = found
+    return found
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_served_says_what_is_in_memory(name, floor, served, tmp_path):
+    model = checkpoint(SERVED[name], tmp_path / "out", DTYPE)
+    with serve(tmp_path / "out", DTYPE, *SERVED[name].options) as server:
+        found = compare(model, server)
+    served[name] = found
+    assert found.mean <= SERVED[name].bound * floor.mean
+    assert found.most <= SERVED[name].bound * floor.most
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_has_no_kernel_for_is_refused(name, served, tmp_path):
+    checkpoint(REFUSED[name], tmp_path / "out", DTYPE)
+    with pytest.raises(RefusedError, match=REFUSED[name].refusal) as error, serve(tmp_path / "out", DTYPE):
+        pass
+    served[name] = str(error.value)

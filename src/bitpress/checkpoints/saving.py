@@ -29,7 +29,8 @@ from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_i
 from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
-from bitpress.quantization import PackedWeight, stored_format
+from bitpress.quantization import PackedWeight, QuantizationType, stored_format
+from bitpress.quantization.packing import LEAVES_GAPS, SHIFTS
 from bitpress.quantization.scales import ScaleKind, scale_kind
 from bitpress.ranks import is_first
 
@@ -185,6 +186,7 @@ def write_quantization_config(
 def warn_of_readers(model: Any, read: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> None:
     """Say which readers will not take what is saved."""
     _warn_of_broken_pair(packed)
+    _warn_of_gaps(packed)
     _warn_of_failing_load(model, read)
     _warn_of_other_dtypes({name: packed[name] for name in read})
 
@@ -212,6 +214,18 @@ def _warn_of_failing_load(model: nn.Module, read: dict[str, nn.Module]) -> None:
             "checkpoint if it knows the model; in Python, use bitpress.load.",
             type(model).__name__,
             failing,
+        )
+
+
+def _warn_of_gaps(packed: dict[str, PackedWeight]) -> None:
+    """Of what compressed-tensors 0.17 packs as later versions, and vLLM, do not."""
+    bits = sorted({p.args.num_bits for p in packed.values() if p.args.type == QuantizationType.INT} - set(SHIFTS))
+    if LEAVES_GAPS and bits:
+        logger.warning(
+            "integers of %s bits are packed as compressed-tensors %s reads them: later versions, and vLLM, read them "
+            "without gaps. Save with compressed-tensors 0.18 or later for these; bitpress.load reads both.",
+            " and ".join(map(str, bits)),
+            _versions()[1],
         )
 
 

@@ -47,7 +47,7 @@ def _check_fused(model: nn.Module, schemes: Mapping[str, QuantizationScheme], ow
         return
     parent = split[0][0].rpartition(".")[0]
     of = [f"{n.rpartition('.')[2]} ({_state(n, schemes, owners)})" for n in split[0]]
-    also = f", and so in {len(split) - 1} more modules" if len(split) > 1 else ""
+    also = f" (and in {len(split) - 1} more)" if len(split) > 1 else ""
     raise BitpressError(
         f"{parent or type(model).__name__}: servers such as vLLM make one layer of {', '.join(of[:-1])} and {of[-1]}, "
         f"which can have one scheme only{also}. Give them the same by targets and ignore; or state fused=False in the "

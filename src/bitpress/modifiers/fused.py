@@ -14,7 +14,14 @@ from bitpress.quantization import has_global_scale, shared_global_scale
 # Layers of one parent that vLLM makes one of, as the ``packed_modules_mapping`` of its models say.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
     ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 
 
