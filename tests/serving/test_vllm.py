@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving.comparing import PROMPTS, Agreement, compare, smollm2
+from serving.comparing import compare, smollm2
 from serving.server import RefusedError, serve
 
 from bitpress import oneshot
@@ -61,12 +61,15 @@ class Case:
         recipe: makes the modifier.
         refusal: a pattern of the server's error, of a scheme that its CPU backend does not take.
         calibrated: its activations are static.
+        bound: how many times as far from the model in memory it may be as vLLM is from transformers with the model as
+            it is.
         options: of the server.
     """
 
     recipe: Callable[[], QuantizationModifier]
     refusal: str | None = None
     calibrated: bool = False
+    bound: float = 2
     options: tuple[str, ...] = field(default=())
 
 

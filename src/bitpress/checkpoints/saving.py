@@ -30,6 +30,7 @@ from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
 from bitpress.quantization import PackedWeight, QuantizationType, stored_format
+from bitpress.quantization.grid import block_shape
 from bitpress.quantization.packing import LEAVES_GAPS, SHIFTS
 from bitpress.quantization.scales import ScaleKind, scale_kind
 from bitpress.ranks import is_first
@@ -187,6 +188,7 @@ def warn_of_readers(model: Any, read: dict[str, nn.Module], packed: dict[str, Pa
     """Say which readers will not take what is saved."""
     _warn_of_broken_pair(packed)
     _warn_of_gaps(packed)
+    _warn_of_blocks(packed)
     _warn_of_failing_load(model, read)
     _warn_of_other_dtypes({name: packed[name] for name in read})
 
@@ -227,6 +229,27 @@ def _warn_of_gaps(packed: dict[str, PackedWeight]) -> None:
             " and ".join(map(str, bits)),
             _versions()[1],
         )
+
+
+def _warn_of_blocks(packed: dict[str, PackedWeight]) -> None:
+    """Of blocks that compressed-tensors 0.17 and 0.18, which guess them from the scales' shape, do not guess."""
+    compressed = _versions()[1]
+    if tuple(map(int, compressed.split(".")[:2])) >= (0, 19):
+        return
+    wrong = [name for name, weight in packed.items() if not _guessed_right(weight)]
+    if wrong:
+        logger.warning(
+            "transformers with compressed-tensors %s takes the blocks of %s (%d layers in all) for others: load the "
+            "checkpoint with compressed-tensors 0.19 or later, or use bitpress.load.", compressed, wrong[0], len(wrong)
+        )  # fmt: skip
+
+
+def _guessed_right(weight: PackedWeight) -> bool:
+    block = block_shape(weight.args)
+    if block is None:
+        return True
+    (rows, columns), (height, width) = weight.shape, block
+    return not rows % height and not columns % width and columns > width and rows > height
 
 
 def _warn_of_other_dtypes(packed: dict[str, PackedWeight]) -> None:

@@ -24,7 +24,7 @@ from bitpress.errors import BitpressError
 
 OUTPUT = "output"
 _STATES = {"q": register_query_hook, "k": register_key_hook, "v": register_value_hook}
-# Its name up to 0.18 is the second.
+# Its name up to 0.17 is the second.
 _is_cached = getattr(initialize, "is_cached_attention_module", None) or initialize.is_attention_module
 
 
