@@ -73,7 +73,11 @@ class Agreement:
 
 
 def compare(model: Any, server: Server) -> Agreement:
-    """Continuations, and log-probabilities of the same texts: the prompts with the continuations of ``model``."""
+    """Continuations, and log-probabilities of the same texts: the prompts with the continuations of ``model``.
+
+    The model in memory computes in float32 with the weights that it has, so that what is seen is the server's rounding.
+    """
+    model = model.float()
     own = continuations(model)
     served = server.continuations(prompts(), TOKENS)
     texts = [prompt + ids for prompt, ids in zip(prompts(), own, strict=True)]

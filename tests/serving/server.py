@@ -137,7 +137,7 @@ def _reason(log: str) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """It has a session of its own, so that its engine ends with it."""
-    for how in (signal.SIGINT, signal.SIGKILL):
+    for how in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, how)
         with suppress(subprocess.TimeoutExpired):
