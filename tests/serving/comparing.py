@@ -40,29 +40,12 @@ def prompts() -> list[list[int]]:
     return [tokenizer()(text).input_ids for text in PROMPTS]
 
 
-@torch.no_grad()
-def continuations(model: Any) -> list[list[int]]:
-    """The greedy continuation of each prompt, as :meth:`Server.continuations` has it."""
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-    return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts()]
-
-
-@torch.no_grad()
-def log_probabilities(model: Any, texts: list[list[int]]) -> list[list[float]]:
-    """Of each text's tokens, but for the first, as :meth:`Server.log_probabilities` has them."""
-    found = []
-    for ids in texts:
-        logits = model(torch.tensor([ids])).logits[0, :-1].float()
-        found.append(logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist())
-    return found
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How a served model agrees with the model in memory.
 
     Attributes:
-        same: of the prompts, how many have the same continuation to the last token.
+        same: how many of the prompts' continuations are those of the model in memory, to the last token.
         mean: of the absolute differences of the log-probabilities of all tokens of prompts and continuations, in nats.
         most: the greatest of them.
     """
@@ -72,16 +55,19 @@ class Agreement:
     most: float
 
 
+@torch.no_grad()
 def compare(model: Any, server: Server) -> Agreement:
-    """Continuations, and log-probabilities of the same texts: the prompts with the continuations of ``model``.
+    """The server's greedy continuations, read by the model in memory.
 
-    The model in memory computes in float32 with the weights that it has, so that what is seen is the server's rounding.
+    Its own are the same where each token is the likeliest given those before it. It computes in float32 with the
+    weights that it has, so that what is seen is the server's rounding.
     """
     model = model.float()
-    own = continuations(model)
-    served = server.continuations(prompts(), TOKENS)
-    texts = [prompt + ids for prompt, ids in zip(prompts(), own, strict=True)]
-    pairs = zip(log_probabilities(model, texts), server.log_probabilities(texts), strict=True)
-    apart = torch.tensor([a - b for one, other in pairs for a, b in zip(one, other, strict=True)]).abs()
-    same = sum(a == b for a, b in zip(own, served, strict=True))
-    return Agreement(same, float(apart.mean()), float(apart.max()))
+    same, apart = 0, []
+    for prompt, served in zip(prompts(), server.continuations(prompts(), TOKENS), strict=True):
+        ids = torch.tensor(prompt + served.tokens)
+        predicted = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        own = predicted.gather(1, ids[1:, None])[:, 0]
+        same += torch.equal(predicted.argmax(-1)[-TOKENS:], ids[-TOKENS:])
+        apart.append((own - torch.tensor(served.log_probabilities)).abs())
+    return Agreement(same, float(torch.cat(apart).mean()), float(torch.cat(apart).max()))

@@ -1,4 +1,4 @@
-"""A checkpoint's directory behind ``vllm serve``: greedy continuations, and the log-probabilities of given tokens.
+"""A checkpoint's directory behind ``vllm serve``: greedy continuations, with the log-probabilities of all tokens.
 
 The server listens on 127.0.0.1 only, on a free port, and is ended, with all its processes, at the end of the ``with``.
 """
@@ -42,6 +42,19 @@ class RefusedError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """What a server made of a prompt.
+
+    Attributes:
+        tokens: the ids of the new tokens.
+        log_probabilities: of the prompt's tokens but for the first, and of the new ones, each given those before it.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float]
+
+
+@dataclass(frozen=True)
 class Server:
     """A running server.
 
@@ -53,18 +66,14 @@ class Server:
     address: str
     log: str
 
-    def continuations(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """The greedy continuation of each prompt, as token ids; an end-of-text token does not end it."""
-        answer = self._complete(prompts, max_tokens=tokens, ignore_eos=True, return_token_ids=True)
-        return [choice["token_ids"] for choice in answer]
-
-    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Of each text's tokens, but for the first, given those before it."""
-        answer = self._complete(texts, max_tokens=1, prompt_logprobs=0)
+    def continuations(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Continuation]:
+        """The greedy continuation of each prompt by so many tokens; an end-of-text token does not end it."""
+        options = {"ignore_eos": True, "return_token_ids": True, "logprobs": 0, "prompt_logprobs": 0}
         found = []
-        for ids, choice in zip(texts, answer, strict=True):
+        for prompt, choice in zip(prompts, self._complete(prompts, max_tokens=tokens, **options), strict=True):
             places = choice["prompt_logprobs"]
-            found.append([places[i][str(token)]["logprob"] for i, token in enumerate(ids) if i])
+            of_prompt = [places[i][str(token)]["logprob"] for i, token in enumerate(prompt) if i]
+            found.append(Continuation(choice["token_ids"], of_prompt + choice["logprobs"]["token_logprobs"]))
         return found
 
     def _complete(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[dict[str, Any]]:
