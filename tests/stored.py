@@ -1,10 +1,11 @@
-"""Random state dicts for tests of checkpoint files."""
+"""What checkpoint files hold: random state dicts, and words packed bit by bit."""
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bitpress.checkpoints.headers import DTYPES
+from bitpress.quantization import packing
 
 # As names are in checkpoints, and some that JSON must escape.
 PARTS = st.sampled_from(
@@ -45,3 +46,14 @@ def assert_same(one: Tensor, other: Tensor) -> None:
     """Dtype, shape and every bit."""
     assert (one.dtype, one.shape) == (other.dtype, other.shape)
     assert bits(one) == bits(other)
+
+
+def packed_slowly(values, bits, gaps) -> Tensor:
+    """Rows as long integers, cut into words: without gaps, or without an integer in two words."""
+    each, words = 32 // bits, packing.count_words(bits, values.shape[1], gaps=gaps)
+    rows = []
+    for row in values.tolist():
+        starts = [i // each * 32 + i % each * bits if gaps else i * bits for i in range(len(row))]
+        whole = sum((value + (1 << (bits - 1))) << start for value, start in zip(row, starts, strict=True))
+        rows.append([whole >> (32 * i) & 0xFFFFFFFF for i in range(words)])
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), words).to(torch.int32)

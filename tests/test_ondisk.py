@@ -225,12 +225,12 @@ def test_an_unknown_architecture(tmp_path, family, caplog):
 def test_names_and_patterns_of_an_unknown_architecture(tmp_path):
     path = of_names_alone(tmp_path, "llama")
     (path / "config.json").unlink()
-    groups = {"a": scheme(targets=["re:.*mlp.*", "model.layers.0.self_attn.q_proj"])}
+    groups = {"a": scheme(targets=["re:.*mlp.*", "model.layers.0.self_attn.o_proj"])}
     recipe = [QuantizationModifier(config_groups=groups, ignore=["re:.*layers.1.*"])]
     on_disk(path, tmp_path / "out", recipe)
     packed = {name.removesuffix(".weight_packed") for name in Shards.of(tmp_path / "out") if "packed" in name}
     mlp = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert packed == {"model.layers.0.self_attn.q_proj", *mlp}
+    assert packed == {"model.layers.0.self_attn.o_proj", *mlp}
 
 
 def test_an_unknown_architecture_cannot_be_calibrated(tmp_path):

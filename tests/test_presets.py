@@ -1,12 +1,14 @@
 """Every preset of compressed-tensors, from oneshot to the model that is loaded back."""
 
 import logging
+from importlib.metadata import version
 
 import pytest
 import tiny
 import torch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressing import token_ids
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -21,6 +23,9 @@ from bitpress.quantization.scales import ScaleKind, scale_kind
 WEIGHT_ONLY = [name for name in PRESETS if "input_activations" not in PRESET_SCHEMES[name]]
 # The weights of those with activations; their own are tested elsewhere.
 OF_WEIGHTS = ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]
+# The reader of compressed-tensors 0.17 and 0.18 guesses the size of blocks from the number of scales.
+GUESSES_BLOCKS = Version(version("compressed-tensors")) < Version("0.19")
+KNOWN_BLOCKS = pytest.mark.skipif(GUESSES_BLOCKS, reason="compressed-tensors before 0.19 misreads these blocks")
 # What is stored for a layer, by preset; of all others weight_packed, weight_scale and weight_shape.
 KINDS = {
     **{name: {"weight", "weight_scale"} for name in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8A16")},
@@ -75,6 +80,9 @@ def test_what_was_evaluated_is_what_is_loaded(preset, dtype, source, tmp_path, c
         assert "load it with dtype=torch.bfloat16" in caplog.text
         return
     assert "bfloat16" not in caplog.text
+    if preset == "FP8_BLOCK" and GUESSES_BLOCKS:  # one block wide
+        assert "load the checkpoint with compressed-tensors 0.19 or later" in caplog.text
+        return
     assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), model)
 
 
@@ -89,7 +97,9 @@ def test_small_floats_of_a_float32_model_load_as_bfloat16(preset, source, tmp_pa
             assert torch.equal(loaded.get_submodule(name).weight, layer.weight.bfloat16())
 
 
-@pytest.mark.parametrize("preset", ["W8A8", "FP8", "FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP8A16"])
+@pytest.mark.parametrize(
+    "preset", ["W8A8", "FP8", pytest.param("FP8_BLOCK", marks=KNOWN_BLOCKS), "NVFP4A16", "MXFP4A16", "MXFP8A16"]
+)
 def test_awq_in_front(preset, source, tmp_path):
     model = model_of(source, torch.bfloat16)
     recipe = [AWQModifier(), QuantizationModifier(scheme=weights_of(preset), ignore=["lm_head"])]
@@ -107,7 +117,7 @@ def test_formats_side_by_side(source, tmp_path):
         "W4A16": "down_proj",
     }
     groups = {n: weights_of(n).model_copy(update={"targets": [f"re:.*({of})$"]}) for n, of in parts.items()}
-    model = oneshot(model_of(source, torch.bfloat16), None, QuantizationModifier(config_groups=groups))
+    model = oneshot(model_of(source, torch.bfloat16), None, QuantizationModifier(config_groups=groups, fused=False))
     model.save_pretrained(tmp_path / "out")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
     assert config.quantization_config.format == "mixed-precision"
@@ -115,6 +125,7 @@ def test_formats_side_by_side(source, tmp_path):
     assert same_logits(bitpress.load(tmp_path / "out"), model)
 
 
+@KNOWN_BLOCKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_that_do_not_divide(dtype, source, tmp_path, caplog):
     weights = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[48, 80])
@@ -127,7 +138,9 @@ def test_blocks_that_do_not_divide(dtype, source, tmp_path, caplog):
     assert same_logits(bitpress.load(tmp_path / "out"), model)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"])
+@pytest.mark.parametrize(
+    "preset", ["FP8_DYNAMIC", pytest.param("FP8_BLOCK", marks=KNOWN_BLOCKS), "NVFP4A16", "MXFP4A16"]
+)
 def test_gptq(preset, source, tmp_path):
     model = model_of(source, torch.bfloat16)
     oneshot(model, token_ids(), GPTQModifier(scheme=weights_of(preset), ignore=["lm_head"]), num_calibration_samples=6)
@@ -135,7 +148,9 @@ def test_gptq(preset, source, tmp_path):
     assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16), model)
 
 
-@pytest.mark.parametrize("preset", ["FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"])
+@pytest.mark.parametrize(
+    "preset", [p for p in ("FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16") if p in PRESETS]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_plain_modules(preset, dtype, tmp_path):
     def network():

@@ -1,5 +1,6 @@
 """The libraries that bitpress lives with: which are excluded, why, and whether it is still so."""
 
+import logging
 import warnings
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from bitpress import oneshot
 from bitpress.checkpoints import saving
+from bitpress.modifiers import QuantizationModifier
+from bitpress.quantization import QuantizationArgs, QuantizationScheme
 
 BROKEN = "5.23.0"
 INSTALLED = version("transformers"), version("compressed-tensors")
@@ -137,3 +140,33 @@ def test_dense_checkpoints_load_everywhere(tmp_path, monkeypatch):
 
 def test_the_versions_are_those_that_are_installed():
     assert saving._versions() == INSTALLED
+
+
+# What older versions of compressed-tensors read otherwise.
+
+
+def messages_of_saving(model, folder, caplog):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(folder)
+    return caplog.text
+
+
+@pytest.mark.parametrize(("bits", "gaps", "warned"), [(3, True, True), (3, False, False), (4, True, False)])
+def test_words_with_gaps_are_said(bits, gaps, warned, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(saving, "LEAVES_GAPS", gaps)
+    model = oneshot(tiny.llama(), None, rtn(bits=bits))
+    assert ("integers of 3 bits are packed as" in messages_of_saving(model, tmp_path / "out", caplog)) == warned
+
+
+@pytest.mark.parametrize(
+    ("version", "block", "warned"),
+    [("0.17.1", 32, False), ("0.18.0", 64, True), ("0.18.0", 48, True), ("0.19.0", 48, False), ("0.20.0", 64, False)],
+)
+def test_blocks_that_are_guessed_are_said(version, block, warned, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(saving, "_versions", lambda: ("5.22.2", version))
+    weights = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[32, block])
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    # 64 or 96 wide, of 64 or 96 rows.
+    model = oneshot(tiny.llama(num_key_value_heads=4), None, QuantizationModifier(scheme=scheme, ignore=["lm_head"]))
+    assert ("takes the blocks of" in messages_of_saving(model, tmp_path / "out", caplog)) == warned

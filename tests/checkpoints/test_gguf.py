@@ -74,7 +74,7 @@ def test_compresses_and_serves(file, tmp_path):
 
 
 def test_its_weights_are_those_of_the_file(file, tmp_path):
-    quantizer = QuantizationModifier(config_groups=groups(r"re:.*q_proj$"))
+    quantizer = QuantizationModifier(config_groups=groups(r"re:.*self_attn.*"))
     bitpress.oneshot(file, None, [quantizer], output_dir=tmp_path / "out", progress=False)
     dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     kept = load_file(tmp_path / "out" / "model.safetensors")

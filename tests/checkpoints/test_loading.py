@@ -7,6 +7,7 @@ import tiny
 import torch
 from compressing import awq, rtn, scheme, token_ids
 from safetensors.torch import load_file, save_file
+from stored import packed_slowly
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 import bitpress
 from bitpress import AWQMapping, BitpressError, oneshot
 from bitpress.modifiers import QuantizationModifier
-from bitpress.quantization import QuantizationStrategy
+from bitpress.quantization import QuantizationStrategy, packing
 
 WIDTH = 32
 
@@ -99,6 +100,25 @@ def test_awq_on_a_plain_module(dataset, symmetric, tmp_path):
 def test_every_grid_without_data(bits, symmetric, strategy, tmp_path):
     model = oneshot(Stack(), None, rtn(ignore=(), bits=bits, symmetric=symmetric, strategy=strategy))
     assert torch.equal(outputs(round_trip(model, Stack(seed=1), tmp_path / "out")), outputs(model))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_what_another_version_of_compressed_tensors_packed(bits, tmp_path):
+    """Up to 0.17 it packs with gaps, later without: read alike, whichever is installed."""
+    model = oneshot(tiny.MLP(64, 32, 64), None, rtn(ignore=(), bits=bits))
+    bitpress.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name in [name for name in stored if name.endswith(("weight_packed", "weight_zero_point"))]:
+        rows, columns = stored[f"{name.rpartition('.')[0]}.weight_shape"].tolist()
+        along, count = (stored[name], columns) if name.endswith("packed") else (stored[name].T, rows)
+        values = packing.unpack_integers(along, bits, count, gaps=packing.LEAVES_GAPS)
+        words = packed_slowly(values, bits, gaps=not packing.LEAVES_GAPS)
+        assert words.shape != along.shape
+        stored[name] = (words if name.endswith("packed") else words.T).contiguous()
+    save_file(stored, tmp_path / "out" / "model.safetensors")
+    loaded = bitpress.load(tmp_path / "out", tiny.MLP(64, 32, 64))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -253,10 +253,10 @@ def test_layers_that_are_left_alone_are_ignored_by_name(sources, tmp_path):
 
 
 def test_the_recipes_pattern_is_kept(sources, tmp_path):
-    model = oneshot(sources(), None, rtn(ignore=(), targets=["re:.*q_proj$"]))
+    model = oneshot(sources(), None, rtn(ignore=(), targets=["re:.*o_proj$"]))
     model.save_pretrained(tmp_path / "out")
     config = config_of(tmp_path / "out")["quantization_config"]
-    assert config["config_groups"]["group_0"]["targets"] == ["re:.*q_proj$"]
+    assert config["config_groups"]["group_0"]["targets"] == ["re:.*o_proj$"]
     assert config["ignore"] == []
     assert same_logits(loaded(tmp_path / "out"), model)
 

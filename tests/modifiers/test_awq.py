@@ -22,8 +22,9 @@ def scheme(*targets, bits=4, symmetric=False, group_size=32):
     return QuantizationScheme(targets=list(targets) or ["Linear", "Conv1D"], weights=weights)
 
 
-def quantizer(ignore=(), **options):
-    return QuantizationModifier(config_groups={"g": scheme("re:.*(layers?|h)\\.\\d.*", **options)}, ignore=list(ignore))
+def quantizer(ignore=(), fused=True, **options):
+    groups = {"g": scheme("re:.*(layers?|h)\\.\\d.*", **options)}
+    return QuantizationModifier(config_groups=groups, ignore=list(ignore), fused=fused)
 
 
 def awq(**options):
@@ -402,7 +403,7 @@ def test_targets_and_ignore_choose_what_is_smoothed():
 def test_a_balance_layer_that_is_not_quantized_is_scaled_all_the_same():
     model = tiny.llama()
     expected = tiny.logits(model)
-    recipe = [AWQModifier(), quantizer(ignore=["re:.*k_proj$", "re:.*gate_proj$"], bits=8)]
+    recipe = [AWQModifier(), quantizer(ignore=["re:.*k_proj$", "re:.*gate_proj$"], fused=False, bits=8)]
     tiny.compress(model, recipe, tiny.token_data(2))
     # Eight bits: were k or gate left behind, the logits would be far off.
     assert float((tiny.logits(model) - expected).norm() / expected.norm()) < 0.1

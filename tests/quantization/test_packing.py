@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import packed_slowly
 
 from bitpress.quantization import packing
 
@@ -27,3 +28,19 @@ def test_packs_as_compressed_tensors(bits, rows, columns, seed, chunk, transpose
     assert packed.is_contiguous()
     assert torch.equal(packed, expected)
     assert torch.equal(values, before)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 1000))
+def test_words_of_either_packing_are_read(bits, rows, columns, seed):
+    half = 1 << (bits - 1)
+    values = torch.randint(
+        -half, half, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed)
+    )
+    own, other = (packed_slowly(values, bits, gaps) for gaps in (packing.LEAVES_GAPS, not packing.LEAVES_GAPS))
+    assert torch.equal(own, packing.pack_integers(values, bits))
+    for words, gaps in ((own, packing.LEAVES_GAPS), (other, not packing.LEAVES_GAPS)):
+        assert torch.equal(packing.unpack_integers(words, bits, columns, gaps=gaps), values)
+    assert torch.equal(packing.repack(own, bits, columns), own)
+    if own.shape != other.shape:
+        assert torch.equal(packing.repack(other, bits, columns), own)

@@ -48,6 +48,7 @@ quantization = {
     | st.dictionaries(names, args, min_size=1, max_size=3)
     | st.dictionaries(names, st.builds(QuantizationScheme, targets=lists, input_activations=activations), max_size=2),
     "kv_cache_scheme": st.none() | activations,
+    "fused": st.booleans(),
 }
 smoothing = {
     "bits": st.none() | st.integers(2, 8),

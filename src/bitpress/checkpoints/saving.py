@@ -29,7 +29,9 @@ from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_i
 from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer
-from bitpress.quantization import PackedWeight, stored_format
+from bitpress.quantization import PackedWeight, QuantizationType, stored_format
+from bitpress.quantization.grid import block_shape
+from bitpress.quantization.packing import LEAVES_GAPS, SHIFTS
 from bitpress.quantization.scales import ScaleKind, scale_kind
 from bitpress.ranks import is_first
 
@@ -185,6 +187,8 @@ def write_quantization_config(
 def warn_of_readers(model: Any, read: dict[str, nn.Module], packed: dict[str, PackedWeight]) -> None:
     """Say which readers will not take what is saved."""
     _warn_of_broken_pair(packed)
+    _warn_of_gaps(packed)
+    _warn_of_blocks(packed)
     _warn_of_failing_load(model, read)
     _warn_of_other_dtypes({name: packed[name] for name in read})
 
@@ -213,6 +217,39 @@ def _warn_of_failing_load(model: nn.Module, read: dict[str, nn.Module]) -> None:
             type(model).__name__,
             failing,
         )
+
+
+def _warn_of_gaps(packed: dict[str, PackedWeight]) -> None:
+    """Of what compressed-tensors 0.17 packs as later versions, and vLLM, do not."""
+    bits = sorted({p.args.num_bits for p in packed.values() if p.args.type == QuantizationType.INT} - set(SHIFTS))
+    if LEAVES_GAPS and bits:
+        logger.warning(
+            "integers of %s bits are packed as compressed-tensors %s reads them: later versions, and vLLM, read them "
+            "without gaps. Save with compressed-tensors 0.18 or later for these; bitpress.load reads both.",
+            " and ".join(map(str, bits)),
+            _versions()[1],
+        )
+
+
+def _warn_of_blocks(packed: dict[str, PackedWeight]) -> None:
+    """Of blocks that compressed-tensors 0.17 and 0.18, which guess them from the scales' shape, do not guess."""
+    compressed = _versions()[1]
+    if tuple(map(int, compressed.split(".")[:2])) >= (0, 19):
+        return
+    wrong = [name for name, weight in packed.items() if not _guessed_right(weight)]
+    if wrong:
+        logger.warning(
+            "transformers with compressed-tensors %s takes the blocks of %s (%d layers in all) for others: load the "
+            "checkpoint with compressed-tensors 0.19 or later, or use bitpress.load.", compressed, wrong[0], len(wrong)
+        )  # fmt: skip
+
+
+def _guessed_right(weight: PackedWeight) -> bool:
+    block = block_shape(weight.args)
+    if block is None:
+        return True
+    (rows, columns), (height, width) = weight.shape, block
+    return not rows % height and not columns % width and columns > width and rows > height
 
 
 def _warn_of_other_dtypes(packed: dict[str, PackedWeight]) -> None:

@@ -17,13 +17,15 @@ from compressed_tensors.modeling import (
     register_query_hook,
     register_value_hook,
 )
-from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+from compressed_tensors.quantization.lifecycle import initialize
 from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 
 OUTPUT = "output"
 _STATES = {"q": register_query_hook, "k": register_key_hook, "v": register_value_hook}
+# Its name up to 0.17 is the second.
+_is_cached = getattr(initialize, "is_cached_attention_module", None) or initialize.is_attention_module
 
 
 class Tap(nn.Module):
@@ -67,7 +69,7 @@ class Tap(nn.Module):
 
 def cached_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The attention modules that compressed-tensors gives a quantized cache, by name."""
-    return {name: module for name, module in model.named_modules() if is_cached_attention_module(module)}
+    return {name: module for name, module in model.named_modules() if _is_cached(module)}
 
 
 def hook_attention(model: nn.Module, attention: nn.Module, *, queries: bool) -> None:

@@ -1,10 +1,13 @@
 """One scheme for each layer, where several modifiers of a recipe state one."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.experts import named_layers
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.fused import fused_by_servers
 from bitpress.modifiers.observers import states_observer
 from bitpress.quantization import QuantizationArgs, QuantizationScheme, QuantizationType
 
@@ -17,7 +20,7 @@ def resolve_all(
     The last modifier that states a scheme for a layer quantizes it; the others must agree with it.
 
     Raises:
-        BitpressError: two modifiers want different grids for one layer, or none states a scheme at all.
+        BitpressError: two modifiers want different grids for one layer, or layers that servers fuse would differ.
     """
     schemes: dict[str, QuantizationScheme] = {}
     owners: dict[str, Modifier] = {}
@@ -28,8 +31,48 @@ def resolve_all(
                 _check_same(name, scheme, schemes[name], (modifier, owners[name]))
             schemes.setdefault(name, scheme)
             owners.setdefault(name, modifier)
+    _check_fused(model, schemes, owners)
     order = [name for name, _ in named_layers(model) if name in schemes]
     return {name: schemes[name] for name in order}, owners
+
+
+def _check_fused(model: nn.Module, schemes: Mapping[str, QuantizationScheme], owners: Mapping[str, Modifier]) -> None:
+    """Refuse what no server that makes one layer of q, k and v, or of gate and up, could load."""
+    split = []
+    for names in fused_by_servers(model):
+        quantized = [name for name in names if name in schemes]
+        if quantized and all(owners[name].keeps_fused for name in quantized) and _differ(names, schemes, owners):
+            split.append(names)
+    if not split:
+        return
+    parent = split[0][0].rpartition(".")[0]
+    of = [f"{n.rpartition('.')[2]} ({_state(n, schemes, owners)})" for n in split[0]]
+    also = f" (and in {len(split) - 1} more)" if len(split) > 1 else ""
+    raise BitpressError(
+        f"{parent or type(model).__name__}: servers such as vLLM make one layer of {', '.join(of[:-1])} and {of[-1]}, "
+        f"which can have one scheme only{also}. Give them the same by targets and ignore; or state fused=False in the "
+        "modifier, for a checkpoint that is not for such a server."
+    )
+
+
+def _differ(names: Sequence[str], schemes: Mapping[str, QuantizationScheme], owners: Mapping[str, Modifier]) -> bool:
+    """True if some of the layers are left alone, or have other schemes than the rest."""
+    if any(name not in schemes for name in names):
+        return True
+    if owners[names[0]].chooses and all(owners[name] is owners[names[0]] for name in names):
+        return False  # it will choose one for all of them
+    stated = [schemes[name].model_copy(update={"targets": []}) for name in names]
+    return any(scheme != stated[0] for scheme in stated)
+
+
+def _state(name: str, schemes: Mapping[str, QuantizationScheme], owners: Mapping[str, Modifier]) -> str:
+    if name not in schemes:
+        return "left alone"
+    if owners[name].chooses:
+        return "to be chosen"
+    scheme = schemes[name]
+    inputs = scheme.input_activations
+    return _describe(scheme.weights) + (f", inputs of {_describe(inputs)}" if inputs is not None else "")
 
 
 def _check_same(name: str, a: QuantizationScheme, b: QuantizationScheme, of: tuple[Modifier, Modifier]) -> None:

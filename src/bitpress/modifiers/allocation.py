@@ -77,9 +77,14 @@ class AllocatingModifier(Modifier):
         return self
 
     @property
+    def chooses(self) -> bool:
+        """See :attr:`Modifier.chooses`."""
+        return self.choose_from is not None
+
+    @property
     def needs_whole_model(self) -> bool:
         """See :attr:`Modifier.needs_whole_model`: gradients go through all of it."""
-        return self.choose_from is not None
+        return self.chooses
 
     def groups(self) -> dict[str, QuantizationScheme]:
         """The candidates with their targets, by what the report calls them."""

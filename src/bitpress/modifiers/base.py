@@ -64,6 +64,16 @@ class Modifier(BaseModel):
         return self.states_scheme
 
     @property
+    def keeps_fused(self) -> bool:
+        """True if layers that servers fuse must have one scheme."""
+        return True
+
+    @property
+    def chooses(self) -> bool:
+        """True if it will choose the schemes of its layers itself, once the model is measured."""
+        return False
+
+    @property
     def needs_whole_model(self) -> bool:
         """True if all weights must be there at once: then the model cannot stay on the disk."""
         return False

@@ -6,10 +6,34 @@ from collections.abc import Hashable, Iterable
 from torch import nn
 
 from bitpress.models.blocks import Block
-from bitpress.models.experts import ExpertLinear, find_layer
-from bitpress.models.linears import has_columns, in_features, weight_matrix
+from bitpress.models.experts import ExpertLinear, find_layer, named_layers
+from bitpress.models.linears import has_columns, in_features, is_linear, weight_matrix
 from bitpress.modifiers.state import State
 from bitpress.quantization import has_global_scale, shared_global_scale
+
+# Layers of one parent that vLLM makes one of, as the ``packed_modules_mapping`` of its models say.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+
+
+def fused_by_servers(model: nn.Module) -> list[list[str]]:
+    """Names of the linear layers that servers make one of, where the model has at least two of them."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name, module in named_layers(model):
+        parent, _, local = name.rpartition(".")
+        for kind, locals_ in enumerate(FUSED):
+            if local in locals_ and is_linear(module):
+                found.setdefault((parent, kind), []).append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def choose_global_scales(state: State, block: Block) -> None:

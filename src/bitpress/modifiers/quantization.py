@@ -73,6 +73,8 @@ class QuantizationModifier(AllocatingModifier):
         config_groups: schemes by any name, each with its targets. One without weights is of attention modules: its
             ``input_activations`` are the grid of queries, keys and values.
         kv_cache_scheme: the grid of all keys and values, as they are cached: per tensor, or per head ("attn_head").
+        fused: layers that servers fuse into one (q, k and v; gate and up) must have one scheme, or all be left alone;
+            False allows what they cannot load.
         choose_from, bits_per_weight, max_bytes: instead, a scheme of its own for each layer; see
             :class:`AllocatingModifier`.
 
@@ -87,6 +89,7 @@ class QuantizationModifier(AllocatingModifier):
     scheme: str | QuantizationScheme | dict[str, list[str]] | None = None
     config_groups: dict[str, QuantizationScheme] | None = None
     kv_cache_scheme: QuantizationArgs | None = None
+    fused: bool = True
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -105,6 +108,11 @@ class QuantizationModifier(AllocatingModifier):
     def states_scheme(self) -> bool:
         """See :attr:`Modifier.states_scheme`: always, and an error if it does not."""
         return True
+
+    @property
+    def keeps_fused(self) -> bool:
+        """See :attr:`Modifier.keeps_fused`."""
+        return self.fused
 
     def groups(self) -> dict[str, QuantizationScheme]:
         """The schemes with their targets, whichever field they were stated in."""

@@ -1,6 +1,7 @@
 """Points without gaps between them, as compressed-tensors packs them."""
 
 import functools
+import math
 import sys
 
 import torch
@@ -17,6 +18,9 @@ UNITS = {4: (2, 1), 6: (4, 3)}
 # Integers that fill whole bytes: what is as wide as those that share one, and how far half of them goes to the others.
 SHIFTS = {2: (torch.int32, (6, 12)), 4: (torch.int16, (4,)), 8: (torch.int8, ())}
 
+# Up to 0.17 compressed-tensors lets no integer cross into the next word: those of 3, 5, 6 and 7 bits leave gaps.
+LEAVES_GAPS: bool = pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), 3).shape[1] > 3
+
 
 def pack_points(points: Tensor, args: QuantizationArgs) -> Tensor:
     """Points of a grid (out, in) as :attr:`bitpress.quantization.PackedWeight.packed` has them."""
@@ -31,7 +35,7 @@ def fills_words(bits: int, columns: int) -> bool:
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:
-    """Signed integers of ``bits`` bits (out, in), int8, as words: (out, ceil(in * bits / 32)), int32.
+    """Signed integers of ``bits`` bits (out, in), int8, as words: (out, :func:`count_words` of in), int32.
 
     The first value has a word's lowest bits; the last word of a row is filled with zeros.
     """
@@ -45,6 +49,33 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
     for part, out in zip(values.split(step), words.split(step), strict=True):
         pack_in_place(own[: len(part)].copy_(part), bits, out, scratch)
     return words
+
+
+def count_words(bits: int, columns: int, *, gaps: bool = LEAVES_GAPS) -> int:
+    """Words of a row of so many integers; by default as the installed compressed-tensors packs them."""
+    return math.ceil(columns / (32 // bits)) if gaps else math.ceil(columns * bits / 32)
+
+
+def repack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The words (out, n) of ``columns`` integers as the installed compressed-tensors packs them, int32.
+
+    Versions up to 0.17 pack integers of 3, 5, 6 and 7 bits differently from later ones. The number of words tells, but
+    for short rows, which are taken as they are.
+    """
+    found, other = words.shape[1], not LEAVES_GAPS
+    if found == count_words(bits, columns) or found != count_words(bits, columns, gaps=other):
+        return words
+    return pack_integers(unpack_integers(words, bits, columns, gaps=other), bits)
+
+
+def unpack_integers(words: Tensor, bits: int, columns: int, *, gaps: bool) -> Tensor:
+    """The integers (out, columns), int8, of words with or without gaps between them."""
+    index = torch.arange(columns, device=words.device)
+    each = 32 // bits
+    start = index // each * 32 + index % each * bits if gaps else index * bits
+    wide = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    values = (wide[:, start // 32] | wide[:, start // 32 + 1] << 32) >> start % 32
+    return ((values & ((1 << bits) - 1)) - (1 << (bits - 1))).to(torch.int8)
 
 
 def pack_in_place(values: Tensor, bits: int, out: Tensor, scratch: Tensor) -> None:

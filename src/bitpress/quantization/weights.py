@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitpress.quantization.formats import LOOSE, weight_only_format
 from bitpress.quantization.grid import dequantize, integer_range, quantize
-from bitpress.quantization.packing import pack_integers, pack_points, unpack_floats
+from bitpress.quantization.packing import pack_integers, pack_points, repack, unpack_floats
 from bitpress.quantization.scales import read_scale, step_sizes, stored_scale
 
 
@@ -152,9 +152,10 @@ class PackedWeight:
         rows, columns = (int(n) for n in stored["weight_shape"])
         if "weight_zero_point" in stored and args.strategy != QuantizationStrategy.TENSOR:
             # Not by packed_dim=0: compressed-tensors 0.20 fails at a single row of words with several groups.
-            words = zero_point.T.clone(memory_format=torch.contiguous_format)
+            words = repack(zero_point.T.clone(memory_format=torch.contiguous_format), args.num_bits, rows)
             zero_point = unpack_from_int32(words, args.num_bits, torch.Size((scale.shape[-1], rows))).T.contiguous()
-        return cls(stored["weight_packed"], (rows, columns), scale, zero_point, args)
+        packed = repack(stored["weight_packed"], args.num_bits, columns)
+        return cls(packed, (rows, columns), scale, zero_point, args)
 
 
 def _unpack(packed: Tensor, shape: tuple[int, int], args: QuantizationArgs) -> Tensor:
