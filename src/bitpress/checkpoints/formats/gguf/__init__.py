@@ -1,0 +1,2 @@
+"""GGUF, the format of llama.cpp."""
+def write(checkpoint, destination, *, overwrite): raise NotImplementedError
