@@ -1,6 +1,6 @@
 """bitpress: small models from a recipe."""
 
-from bitpress.checkpoints import load, save
+from bitpress.checkpoints import convert, load, save
 from bitpress.errors import BitpressError
 from bitpress.mappings import find_mappings
 from bitpress.modifiers import (
@@ -27,6 +27,7 @@ __all__ = [
     "QuantizationModifier",
     "Recipe",
     "SmoothQuantModifier",
+    "convert",
     "find_mappings",
     "load",
     "oneshot",

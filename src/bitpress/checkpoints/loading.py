@@ -18,7 +18,7 @@ from bitpress.checkpoints.packed import (
     write_expert,
 )
 from bitpress.checkpoints.pretrained import load_compressed, load_pretrained
-from bitpress.checkpoints.saving import CONFIG_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.states import take_activations, take_attentions
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers

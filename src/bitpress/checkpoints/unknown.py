@@ -111,7 +111,9 @@ def open_by_names(source: str | os.PathLike[str]) -> Source:
         BitpressError: see :meth:`Shards.of`; a config.json that cannot be read.
     """
     shards = Shards.of(directory_of(source))
-    return Source(Unknown(shards.directory, shards), shards, shards.directory, {name: [name] for name in shards}, [], {}, {}, {})
+    return Source(
+        Unknown(shards.directory, shards), shards, shards.directory, {name: [name] for name in shards}, [], {}, {}, {}
+    )
 
 
 def log_choice(model: Unknown, chosen: Collection[str]) -> None:

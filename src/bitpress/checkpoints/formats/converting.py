@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitpress.checkpoints.directory import check_destination, whole_directory
 from bitpress.checkpoints.formats import gguf
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.opening import COMPRESSED, FOREIGN, Checkpoint
-from bitpress.checkpoints.formats.targets import Target
+from bitpress.checkpoints.formats.targets import Target, check_layers
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE, Layout, ShardWriter
-from bitpress.checkpoints.saving import CONFIG_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.unknown import WEIGHTS
 from bitpress.errors import BitpressError
-from bitpress.quantization import QuantizedWeight
+from bitpress.models.experts import find_layer
+from bitpress.models.linears import weight_matrix
+from bitpress.quantization import QuantizationScheme, QuantizedWeight
 
 GGUF = "gguf"
 FORMATS = (COMPRESSED, *FOREIGN, GGUF)
@@ -34,6 +36,24 @@ def check_format(kind: str) -> None:
     """
     if kind not in FORMATS:
         raise BitpressError(f"format {kind!r} is not known: use one of {', '.join(FORMATS)}.")
+
+
+def check_fits(kind: str, model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
+    """Refuse a format before anything is computed, as far as can be known.
+
+    Args:
+        kind: the format.
+        model: the model.
+        schemes: of the layers that will be quantized, by their names.
+
+    Raises:
+        BitpressError: see :func:`convert`.
+    """
+    if kind == GGUF:
+        config: Any = getattr(model, "config", None)
+        gguf.architecture_of({} if config is None else config.to_dict())
+    layers = {name: weight_matrix(find_layer(model, name)) for name in schemes}
+    check_layers(kind, [Layer(n, (w.shape[0], w.shape[1]), schemes[n]) for n, w in layers.items()])
 
 
 def convert(

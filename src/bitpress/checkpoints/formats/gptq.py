@@ -82,7 +82,9 @@ def config(layers: Sequence[Layer], dense: Sequence[str], zeros: tuple[int, int]
     # The head is said above.
     left = [name for name in dense if not name.endswith("lm_head")]
     if left:
+        # The first for GPTQModel, the second for transformers; vLLM reads either.
         stated["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+        stated["modules_in_block_to_quantize"] = [[layer.name for layer in layers]]
     return stated
 
 

@@ -15,7 +15,7 @@ from bitpress.checkpoints.formats import awq, gptq
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.structure import Structure
 from bitpress.checkpoints.packed import KINDS, scheme_for, targets_of
-from bitpress.checkpoints.saving import CONFIG_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.shards import Shards
 from bitpress.errors import BitpressError
 from bitpress.quantization import (

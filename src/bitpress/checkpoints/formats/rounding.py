@@ -17,16 +17,27 @@ class Rounding:
 
     Attributes:
         dtype: that of the format.
-        greatest: the greatest relative difference so far.
+        what: the numbers, as the warning calls them.
+        unit: what their differences are measured in.
+        advice: how to avoid them.
+        greatest: the greatest difference so far.
         where: the layer that has it.
     """
 
     dtype: torch.dtype
+    what: str = "scales"
+    unit: str = "of their value"
+    advice: str = " Quantize the model in float16 or bfloat16, and what was evaluated is what ships."
     greatest: float = 0.0
     where: str = ""
 
-    def __call__(self, layer: str, numbers: Tensor) -> Tensor:
+    def __call__(self, layer: str, numbers: Tensor, unit: Tensor | None = None) -> Tensor:
         """``numbers`` in the dtype.
+
+        Args:
+            layer: whose they are.
+            numbers: of any shape.
+            unit: what a difference is measured by, of that shape; by default the number itself.
 
         Raises:
             BitpressError: one is too great or too small for it; names the layer.
@@ -34,13 +45,14 @@ class Rounding:
         rounded = numbers.to(self.dtype)
         if torch.equal(rounded.to(numbers.dtype), numbers):
             return rounded
-        off = ((rounded.double() - numbers.double()) / numbers.double()).abs().nan_to_num_(0.0)
+        off = (rounded.double() - numbers.double()).div_((numbers if unit is None else unit).double()).abs_()
+        off.nan_to_num_(0.0)
         moved = float(off.max())
         if not moved < 1.0:
             worst = float(numbers.flatten()[off.argmax()])
             raise BitpressError(
-                f"{layer} has the scale {worst:.3g}, which {_name(self.dtype)} cannot hold, and this format holds no "
-                "other: keep the layer dense (ignore), or keep the checkpoint as it is."
+                f"{layer}: {_name(self.dtype)}, the dtype of this format's {self.what}, cannot hold {worst:.3g}. Keep "
+                "the layer dense (ignore), or keep the checkpoint as it is."
             )
         if moved > self.greatest:
             self.greatest, self.where = moved, layer
@@ -50,12 +62,13 @@ class Rounding:
         """Say what has been moved, if anything has."""
         if self.greatest:
             logger.warning(
-                "scales are rounded to %s: weights move by %.2g of their value at most (in %s). Quantize the model in "
-                "%s to serve what was evaluated.",
+                "%s are rounded to %s: weights move by %.2g %s at most (in %s).%s",
+                self.what,
                 _name(self.dtype),
                 self.greatest,
+                self.unit,
                 self.where,
-                _name(self.dtype),
+                self.advice,
             )
 
 
