@@ -18,7 +18,7 @@ from bitpress import BitpressError
 from bitpress.checkpoints.formats import awq, gptq
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.cli import app
-from bitpress.quantization import QuantizedWeight, QuantizationStrategy
+from bitpress.quantization import QuantizationStrategy, QuantizedWeight
 
 FOREIGN = ("awq", "gptq")
 

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import bitpress
 from bitpress import BitpressError
+from bitpress.checkpoints import packed_weight
 from bitpress.checkpoints.formats.gguf.architectures import extra_tensors
 from bitpress.checkpoints.formats.gguf.blocks import block_type, to_blocks
 from bitpress.checkpoints.formats.gguf.vocabulary import _LLAMA3, _QWEN2, pre_tokenizer
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.rounding import Rounding
-from bitpress.quantization import QuantizedWeight, QuantizationStrategy
+from bitpress.quantization import QuantizationStrategy, QuantizedWeight
 
 DTYPE = torch.bfloat16
 
@@ -89,8 +90,10 @@ def test_zero_points_move_weights_by_less_than_a_hundredth_of_a_step(tmp_path, c
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
     for name, layer in model.named_modules():
         if hasattr(layer, "quantization_scheme"):
-            exact = (layer.weight - read.get_submodule(name).weight).abs().amax()
-            assert exact < 0.02 * layer.weight_scale.max()
+            weight = packed_weight(name, layer).unpack()
+            scale, zero = (x.float().repeat_interleave(32, 1) for x in (weight.scale, weight.zero_point))
+            off = (weight.values - zero) * scale - read.get_submodule(name).weight
+            assert 0 < (off / scale).abs().max() < 0.01
 
 
 def test_models_that_are_not_covered_are_refused(tmp_path):
@@ -128,7 +131,8 @@ def byte_level(steps) -> PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(["the cat sat on the mat " * 5, "in 1984 they'd sing: la la la!"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def split(pattern):

@@ -1,7 +1,8 @@
 """AutoAWQ's GEMM layout: 4 bits, a zero point and a float16 scale for each group.
 
-A layer has ``qweight`` (in, out / 8) and ``qzeros`` (groups, out / 8), int32, and ``scales`` (groups, out), float16; the
-weight is ``(q - zero) * scale``. The eight columns that share a word stand in it in the order 0, 2, 4, 6, 1, 3, 5, 7.
+A layer has ``qweight`` (in, out / 8) and ``qzeros`` (groups, out / 8), int32, and ``scales`` (groups, out), float16;
+the weight is ``(q - zero) * scale``. The eight outputs that share a word stand in it in the order 0, 2, 4, 6, 1, 3, 5,
+7.
 https://github.com/casper-hansen/AutoAWQ, Lin et al., 2023, https://arxiv.org/abs/2306.00978.
 """
 
@@ -100,4 +101,5 @@ def _interleaved(values: Tensor) -> Tensor:
 
 
 def _apart(words: Tensor, count: int) -> Tensor:
-    return from_words(words, BITS, count).unflatten(-1, (-1, _TOGETHER))[..., _BACK].flatten(-2)
+    eights: Tensor = from_words(words, BITS, count).unflatten(-1, (-1, _TOGETHER))
+    return eights[..., _BACK].flatten(-2)

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.checkpoints.directory import CONFIG_FILE, check_destination, whole_directory
 from bitpress.checkpoints.formats import gguf
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.opening import COMPRESSED, FOREIGN, Checkpoint
 from bitpress.checkpoints.formats.targets import Target, check_layers
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE, Layout, ShardWriter
-from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.unknown import WEIGHTS
 from bitpress.errors import BitpressError
 from bitpress.models.experts import find_layer

@@ -1,4 +1,4 @@
-"""A compressed checkpoint on the disk, whatever its format: its layers, and each one's grid and points when asked for."""
+"""A compressed checkpoint on the disk, whatever its format: its layers, and the weight of each when asked for."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.formats import awq, gptq
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.structure import Structure
 from bitpress.checkpoints.packed import KINDS, scheme_for, targets_of
-from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.shards import Shards
 from bitpress.errors import BitpressError
 from bitpress.quantization import (

@@ -29,7 +29,7 @@ def block_type(layer: Layer) -> str:
     check_weights_only(layer, "gguf")
     if layer.group % BLOCK:
         raise layer.refusal("gguf", "a block has 32 values, and the group is no multiple of it: use group_size 32.")
-    if layer.args.num_bits <= 4:  # noqa: PLR2004
+    if layer.args.num_bits <= 4:
         return "Q4_0" if layer.args.symmetric else "Q4_1"
     if layer.args.symmetric:
         return "Q8_0"

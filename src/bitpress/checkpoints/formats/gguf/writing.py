@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.checkpoints.directory import RECIPE_FILE, REPORT_FILE, check_destination, whole_directory
 from bitpress.checkpoints.formats.gguf.architectures import (
     Architecture,
     add_metadata,
@@ -24,7 +24,6 @@ from bitpress.checkpoints.formats.gguf.blocks import BLOCK, SIZES, block_type, t
 from bitpress.checkpoints.formats.gguf.vocabulary import add_vocabulary
 from bitpress.checkpoints.formats.opening import Checkpoint
 from bitpress.checkpoints.formats.rounding import Rounding
-from bitpress.checkpoints.directory import RECIPE_FILE, REPORT_FILE
 from bitpress.errors import BitpressError
 
 FILE = "model.gguf"
