@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp: needs llama-cpp-python. Its products round activations to 8 bits, so logits are near ours."""
+"""GGUF files in llama.cpp: needs llama-cpp-python. It rounds activations to 8 bits, so logits are near ours."""
 
 import os
 from pathlib import Path

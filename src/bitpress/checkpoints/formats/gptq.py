@@ -2,8 +2,8 @@
 
 A layer has ``qweight`` (in * bits / 32, out), ``qzeros`` (groups, out * bits / 32) and ``g_idx`` (in,), the group of
 each input, all int32, and ``scales`` (groups, out), float16; the weight is ``(q - zero) * scale``. The format "gptq"
-has zero points less one, "gptq_v2" as they are. A zero point of 0 makes "gptq" ambiguous: some readers add the one to the
-words, with carries from one zero point to the next, others to each zero point, without. So "gptq" is written where
+has zero points less one, "gptq_v2" as they are. A zero point of 0 makes "gptq" ambiguous: some readers add the one to
+the words, with carries from one zero point to the next, others to each zero point, without. So "gptq" is written where
 there is none, which every reader takes, and "gptq_v2" else.
 https://github.com/ModelCloud/GPTQModel, Frantar et al., 2022, https://arxiv.org/abs/2210.17323.
 """
