@@ -88,12 +88,14 @@ def test_zero_points_move_weights_by_less_than_a_hundredth_of_a_step(tmp_path, c
         model = compressed(tmp_path / "out", tiny.llama)
     assert any("of a step of the grid" in record.getMessage() for record in caplog.records)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+    moved = []
     for name, layer in model.named_modules():
         if hasattr(layer, "quantization_scheme"):
             weight = packed_weight(name, layer).unpack()
             scale, zero = (x.float().repeat_interleave(32, 1) for x in (weight.scale, weight.zero_point))
             off = (weight.values - zero) * scale - read.get_submodule(name).weight
-            assert 0 < (off / scale).abs().max() < 0.01
+            moved.append((off / scale).abs().max().item())
+    assert 0 < max(moved) < 0.01
 
 
 def test_models_that_are_not_covered_are_refused(tmp_path):

@@ -39,7 +39,8 @@ def test_logits_are_near(tmp_path, build, options):
     with torch.no_grad():
         wanted = model(torch.tensor([tokens])).logits[0]
     found = logits_of(tmp_path / "out", tokens)
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    # A wrong order of rows, or of nibbles, would make it about 1.4.
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.skipif(not MODEL, reason="BITPRESS_TEST_MODEL names no model")
