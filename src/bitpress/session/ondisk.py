@@ -110,7 +110,7 @@ class OnDiskSession(Session):
         else:
             self.follow(companions, on_progress, summary)
         self.state.ranks.gather()
-        _say_where(self.model, ends_in or path)
+        _say_where(self.model, ends_in or path, loads=ends_in is None)
 
     def write_to(
         self, draft: Path, journal: Journal, companions: Companions, on_progress: OnProgress, summary: Summary
@@ -139,11 +139,12 @@ class OnDiskSession(Session):
         }
 
 
-def _say_where(model: Any, path: Path) -> None:
-    """What is left of the model has no weights: whoever uses it is told where they are."""
+def _say_where(model: Any, path: Path, *, loads: bool) -> None:
+    """What is left of the model has no weights: whoever uses it is told where they are, and what loads them."""
+    reader = f": bitpress.load({str(path)!r}) reads them." if loads else "."
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise BitpressError(f"this model's weights are in {path}, not in memory: load them from there (bitpress.load).")
+        raise BitpressError(f"this model's weights are in {path}, not in memory{reader}")
 
     model.register_forward_pre_hook(refuse)
     model.save_pretrained = refuse
