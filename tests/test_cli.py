@@ -62,6 +62,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
         *["--no-moe-calibrate-all-experts", "--arg", "group_size=64", "--arg", "ignore=[lm_head, 're:a=b']"],
         *["--no-resume", "--no-stream", "--activations", "disk", "--device", "cpu", "--max-shard-size", "1GB"],
+        *["--format", "awq"],
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -78,6 +79,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "pipeline": "basic",
         "moe_calibrate_all_experts": False,
         "save_compressed": False,
+        "format": "awq",
         "overwrite": True,
         "resume": False,
         "stream": False,

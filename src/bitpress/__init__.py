@@ -1,6 +1,6 @@
 """bitpress: small models from a recipe."""
 
-from bitpress.checkpoints import load, save
+from bitpress.checkpoints import convert, load, save
 from bitpress.errors import BitpressError
 from bitpress.evaluate import evaluate
 from bitpress.evaluation import Evaluation
@@ -30,6 +30,7 @@ __all__ = [
     "QuantizationModifier",
     "Recipe",
     "SmoothQuantModifier",
+    "convert",
     "evaluate",
     "find_mappings",
     "load",

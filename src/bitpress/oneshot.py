@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bitpress.checkpoints import bind_save_pretrained, check_destination, save
+from bitpress.checkpoints import bind_save_pretrained, check_destination, convert, save
+from bitpress.checkpoints.formats import COMPRESSED, check_fits, check_format
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.pretrained import load_named, split_gguf
 from bitpress.checkpoints.saving import Companions
@@ -65,6 +67,7 @@ def oneshot(  # noqa: PLR0913
     device: torch.device | str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     save_compressed: bool = True,
+    format: str = COMPRESSED,  # noqa: A002
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     stream: bool | None = None,
@@ -114,6 +117,8 @@ def oneshot(  # noqa: PLR0913
             there. A module is computed where it is.
         output_dir: save there, with the recipe and the tokenizer.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
+        format: of ``output_dir``: "compressed-tensors", "awq", "gptq" or "gguf"; see :func:`bitpress.convert`. A
+            streamed run writes compressed-tensors beside it first.
         overwrite: replace a model that is in ``output_dir``.
         max_shard_size: of a file in ``output_dir``, in bytes or as "5GB".
         stream: never hold the model: read each block from the disk when it is its turn, and write it when it is solved.
@@ -137,7 +142,7 @@ def oneshot(  # noqa: PLR0913
         raise BitpressError("device= is for a model that is given by its path: move the module itself there.")
     place = find_device(device)
     steps = Recipe.of(recipe, recipe_args)
-    output = _Destination(output_dir, save_compressed, overwrite, max_shard_size)
+    output = _Destination(output_dir, save_compressed, format, overwrite, max_shard_size)
     output.check()
     if not isinstance(model, nn.Module) and tokenizer is None and processor is None:
         tokenizer = _find_tokenizer(model, trust_remote_code_model)
@@ -178,13 +183,19 @@ def oneshot(  # noqa: PLR0913
             path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer)
             needs = streamed.needs.lines()
             with progress_display(len(streamed.state.blocks), needs, show=shown) as on_progress:
-                streamed.write(path, companions, on_progress, lambda: summarize(streamed, streamed.data), resume=resume)
+                between = output.between(path)
+                streamed.write(
+                    between, companions, on_progress, lambda: summarize(streamed, streamed.data),
+                    resume=resume, ends_in=path,
+                )  # fmt: skip
+            output.convert(between, path)
             return streamed.model
     if not isinstance(model, nn.Module):
         model = move(load_named(model, trust_remote_code=trust_remote_code_model), place, stated=device is not None)
     output.check(needed=parameters_bytes(model))
     session = Session(model, steps, **options)
     session.start(read_data)
+    output.check_fits(session)
     with progress_display(len(session.state.blocks), session.needs.lines(), show=shown) as on_progress:
         session.run(on_progress)
     session.finalize()
@@ -200,11 +211,17 @@ class _Destination:
 
     directory: str | os.PathLike[str] | None
     compressed: bool
+    format: str
     overwrite: bool
     max_shard_size: int | str
 
     def check(self, needed: int = 0) -> Path:
         """See :func:`check_destination`; where nothing is written all is well."""
+        check_format(self.format)
+        if self.format != COMPRESSED and (self.directory is None or not self.compressed):
+            raise BitpressError(
+                f"format={self.format!r} is of output_dir, and of compressed weights: see bitpress.save."
+            )
         if self.directory is None:
             return Path()
         if not current().is_first:
@@ -215,7 +232,31 @@ class _Destination:
         if self.directory is None or not current().is_first:
             return
         sharding = {"max_shard_size": self.max_shard_size} if hasattr(model, "save_pretrained") else {}
-        save(model, self.directory, save_compressed=self.compressed, overwrite=self.overwrite, **sharding)
+        save(
+            model,
+            self.directory,
+            save_compressed=self.compressed,
+            format=self.format,
+            overwrite=self.overwrite,
+            **sharding,
+        )
+
+    def check_fits(self, session: Session) -> None:
+        """See :func:`check_fits`."""
+        if self.format != COMPRESSED:
+            check_fits(self.format, session.model, session.state.schemes)
+
+    def between(self, path: Path) -> Path:
+        """Where a streamed run writes: ``path``, or beside it what is made into another format then."""
+        return path if self.format == COMPRESSED else path.with_name(f".{path.name}.{COMPRESSED}")
+
+    def convert(self, between: Path, path: Path) -> None:
+        """Make the format of what a streamed run has written, if it is another."""
+        if between == path or not current().is_first:
+            return
+        sharding = self.max_shard_size
+        convert(between, path, format=self.format, overwrite=self.overwrite, max_shard_size=sharding)
+        shutil.rmtree(between)
 
 
 def _start_on_disk(
@@ -247,8 +288,8 @@ def _start_on_disk(
         source, ways = _open(model, ways, trust_remote_code)
         for way in ways[:-1]:
             with suppress(CannotStreamError):
-                return _started(way(source, steps, **options), read_data)
-        return _started(ways[-1](source, steps, **options), read_data)
+                return _started(way(source, steps, **options), read_data, output)
+        return _started(ways[-1](source, steps, **options), read_data, output)
     except CannotStreamError as error:
         if must:
             raise
@@ -268,8 +309,11 @@ def _open(
         return open_by_names(model), (TensorwiseSession,)
 
 
-def _started(session: OnDiskSession, read_data: Callable[[nn.Module], CalibrationData | None]) -> OnDiskSession:
+def _started(
+    session: OnDiskSession, read_data: Callable[[nn.Module], CalibrationData | None], output: _Destination
+) -> OnDiskSession:
     session.start(read_data)
+    output.check_fits(session)
     return session
 
 

@@ -3,6 +3,7 @@
 from bitpress.checkpoints.attached import attach, attach_attention, attached_layers, is_quantized, packed_weight
 from bitpress.checkpoints.changes import Changes
 from bitpress.checkpoints.directory import check_destination
+from bitpress.checkpoints.formats import convert
 from bitpress.checkpoints.loading import load
 from bitpress.checkpoints.saving import bind_save_pretrained, save
 
@@ -13,6 +14,7 @@ __all__ = [
     "attached_layers",
     "bind_save_pretrained",
     "check_destination",
+    "convert",
     "is_quantized",
     "load",
     "packed_weight",

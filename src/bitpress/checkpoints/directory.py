@@ -9,6 +9,10 @@ from pathlib import Path
 
 from bitpress.errors import BitpressError
 
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
 # Files by which a directory is known to hold a model.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf", "config.json")
 # Left free on the disk, for what others write meanwhile.

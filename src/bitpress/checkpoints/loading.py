@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.packed import (
     is_stored_quantized,
     read_weights,
@@ -18,7 +19,6 @@ from bitpress.checkpoints.packed import (
     write_expert,
 )
 from bitpress.checkpoints.pretrained import load_compressed, load_pretrained
-from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.checkpoints.states import take_activations, take_attentions
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers

@@ -10,7 +10,7 @@ from compressed_tensors.utils import match_targets
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bitpress.checkpoints.saving import CONFIG_FILE, WEIGHTS_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE, WEIGHTS_FILE
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear
 from bitpress.quantization import PackedWeight, QuantizationScheme

@@ -87,7 +87,7 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     del model_config.quantization_config
     with torch.device("meta"):
         skeleton = model_class(model_config)
-    names = _stored_names(skeleton)
+    names = stored_names(skeleton)
     weights = read_weights(path)
     attentions = take_attentions(weights, config, skeleton)
     packed: dict[str, tuple[QuantizationScheme, PackedWeight, dict[str, Tensor]]] = {}
@@ -118,7 +118,7 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     return loaded
 
 
-def _stored_names(model: nn.Module) -> dict[str, str]:
+def stored_names(model: nn.Module) -> dict[str, str]:
     """What each linear layer is called in a checkpoint, by its name in the model."""
     of_experts = {layer: stored for each in stored_experts(model) for layer, stored in each.names.items()}
     others = [name for name, layer in named_layers(model) if is_linear(layer) and name not in of_experts]

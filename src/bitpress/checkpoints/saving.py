@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +24,17 @@ from bitpress.checkpoints.attached import (
     scheme_of,
 )
 from bitpress.checkpoints.config import quantization_config
-from bitpress.checkpoints.directory import check_destination, whole_directory
+from bitpress.checkpoints.directory import (
+    CONFIG_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    check_destination,
+    whole_directory,
+)
 from bitpress.checkpoints.experts import stored_experts
+from bitpress.checkpoints.formats import COMPRESSED, check_format, convert
+from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
@@ -36,11 +46,6 @@ from bitpress.quantization.scales import ScaleKind, scale_kind
 from bitpress.ranks import is_first
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     save_compressed: bool = True,
+    format: str = COMPRESSED,  # noqa: A002
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
@@ -72,13 +78,17 @@ def save(
         model: what ``oneshot`` returned: a transformers model, or any module (``bitpress.load`` reads those).
         directory: where to; it appears only when all is written.
         save_compressed: packed weights; False writes dense ones.
+        format: "compressed-tensors", "awq", "gptq" or "gguf"; see :func:`bitpress.convert`.
         overwrite: replace a model that is in the directory.
         **options: of transformers' ``save_pretrained``, for its models.
 
     Raises:
-        BitpressError: the directory holds a model, the disk is full, a weight was changed since it was quantized, or
-            transformers has loaded the model from a compressed checkpoint.
+        BitpressError: the directory holds a model, the disk is full, a weight was changed since it was quantized, the
+            format does not hold a layer, or transformers has loaded the model from a compressed checkpoint.
     """
+    check_format(format)
+    if format != COMPRESSED:
+        return _save_as(model, Path(directory), format, overwrite, {"save_compressed": save_compressed, **options})
     _check_options(model, options)
     layers = attached_layers(model) if save_compressed else {}
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
@@ -95,6 +105,18 @@ def save(
     return path
 
 
+def _save_as(model: nn.Module, directory: Path, kind: str, overwrite: bool, options: dict[str, Any]) -> Path:
+    """Write another format, by way of compressed-tensors."""
+    if not _is_transformers(model):
+        raise BitpressError(f"a {type(model).__name__} is saved as {COMPRESSED} only: {kind} is read by model classes.")
+    path = check_destination(directory, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as aside:
+        between = save(model, Path(aside) / path.name, **options)
+        shards = options.get("max_shard_size", MAX_SHARD_SIZE)
+        return convert(between, path, format=kind, overwrite=overwrite, max_shard_size=shards)
+
+
 def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
     """Make ``model.save_pretrained`` write the compressed checkpoint, with what belongs beside it."""
     object.__setattr__(model, "bitpress", companions)
@@ -105,7 +127,7 @@ def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
 def _save_pretrained(
     model: Any, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **options: Any
 ) -> None:
-    """Write the compressed checkpoint; see :func:`bitpress.save` for ``save_compressed`` and ``overwrite``."""
+    """Write the compressed checkpoint; see :func:`bitpress.save` for its own options."""
     if args:
         names = ("is_main_process", "state_dict")
         options.update(zip(names, args, strict=False))

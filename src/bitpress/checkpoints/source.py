@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.checkpoints.headers import StoredTensor
 from bitpress.checkpoints.shards import Shards
 from bitpress.errors import BitpressError
 
@@ -119,8 +120,8 @@ def open_source(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     except (OSError, ValueError) as error:
         why = f"transformers reads no config of {directory}: {error}"
         raise CannotStreamError(why) if _has_code(directory) else UnknownArchitectureError(why) from error
-    dtype = _dtype(config, shards)
-    model = _skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    dtype = stored_dtype(config, shards)
+    model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
     loading = _loading(model, dtype)
     meta = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in shards.items()}
     missing = _load(model, meta, loading, "meta")
@@ -173,7 +174,8 @@ def _has_code(directory: Path) -> bool:
         return False
 
 
-def _dtype(config: Any, shards: Shards) -> torch.dtype:
+def stored_dtype(config: Any, shards: Mapping[str, StoredTensor]) -> torch.dtype:
+    """What a config says of the model's dtype, or else that of its first floats."""
     stated = getattr(config, "dtype", None)
     if isinstance(stated, str):
         stated = getattr(torch, stated)
@@ -181,7 +183,7 @@ def _dtype(config: Any, shards: Shards) -> torch.dtype:
     return stated or next(floats, torch.float32)
 
 
-def _skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+def skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
     """The model with parameters on the meta device; buffers are what its constructor makes them."""
     import accelerate  # noqa: PLC0415
     import transformers  # noqa: PLC0415

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,20 +38,20 @@ class Unknown(nn.Module):
         directory: of the checkpoint.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
         super().__init__()
-        file = shards.directory / CONFIG
-        self.directory = shards.directory
+        file = directory / CONFIG
+        self.directory = directory
         self._stated = _read(file) if file.is_file() else {}
         self.config = SimpleNamespace(
             **{"dtype": None, **self._stated}, to_json_string=lambda: json.dumps(self._stated)
         )
         self._weight_conversions: list[Any] = []
-        for name, tensor in shards.items():
+        for name, tensor in tensors.items():
             owner, _, local = name.rpartition(".")
             if local == "weight":
                 self._place(owner, _kind(owner, tensor))
-        for name, tensor in shards.items():
+        for name, tensor in tensors.items():
             owner, _, local = name.rpartition(".")
             module = self._place(owner, nn.Module())
             module.register_parameter(local, nn.Parameter(tensor.meta(), requires_grad=False))
@@ -111,7 +111,9 @@ def open_by_names(source: str | os.PathLike[str]) -> Source:
         BitpressError: see :meth:`Shards.of`; a config.json that cannot be read.
     """
     shards = Shards.of(directory_of(source))
-    return Source(Unknown(shards), shards, shards.directory, {name: [name] for name in shards}, [], {}, {}, {})
+    return Source(
+        Unknown(shards.directory, shards), shards, shards.directory, {name: [name] for name in shards}, [], {}, {}, {}
+    )
 
 
 def log_choice(model: Unknown, chosen: Collection[str]) -> None:

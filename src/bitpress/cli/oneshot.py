@@ -40,6 +40,9 @@ def oneshot(  # noqa: PLR0913, PLR0917
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run was, or start over.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of the checkpoint.")] = "50GB",
     save_compressed: Annotated[bool, typer.Option(help="Packed weights, or dense ones.")] = True,
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="Of the checkpoint: compressed-tensors, awq, gptq or gguf.")
+    ] = "compressed-tensors",
     overwrite: Annotated[bool, typer.Option(help="Replace a model in the output directory.")] = False,
     trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:

@@ -84,7 +84,14 @@ class OnDiskSession(Session):
         raise NotImplementedError
 
     def write(
-        self, path: Path, companions: Companions, on_progress: OnProgress, summary: Summary, *, resume: bool
+        self,
+        path: Path,
+        companions: Companions,
+        on_progress: OnProgress,
+        summary: Summary,
+        *,
+        resume: bool,
+        ends_in: Path | None = None,
     ) -> None:
         """Solve everything, and write the checkpoint.
 
@@ -95,6 +102,7 @@ class OnDiskSession(Session):
             on_progress: called with how far it is.
             summary: makes the report, when all is done.
             resume: False starts over.
+            ends_in: where the checkpoint will be in the end, if not there.
         """
         if self.state.ranks.is_first:
             with resumable_directory(path, self.facts(companions.recipe or ""), resume=resume) as (draft, journal):
@@ -102,7 +110,7 @@ class OnDiskSession(Session):
         else:
             self.follow(companions, on_progress, summary)
         self.state.ranks.gather()
-        _say_where(self.model, path)
+        _say_where(self.model, ends_in or path, loads=ends_in is None)
 
     def write_to(
         self, draft: Path, journal: Journal, companions: Companions, on_progress: OnProgress, summary: Summary
@@ -131,13 +139,12 @@ class OnDiskSession(Session):
         }
 
 
-def _say_where(model: Any, path: Path) -> None:
-    """What is left of the model has no weights: whoever uses it is told where they are."""
+def _say_where(model: Any, path: Path, *, loads: bool) -> None:
+    """What is left of the model has no weights: whoever uses it is told where they are, and what loads them."""
+    reader = f": bitpress.load({str(path)!r}) reads them." if loads else "."
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise BitpressError(
-            f"this model's weights are in {path}, not in memory: bitpress.load({str(path)!r}) reads them."
-        )
+        raise BitpressError(f"this model's weights are in {path}, not in memory{reader}")
 
     model.register_forward_pre_hook(refuse)
     model.save_pretrained = refuse

@@ -58,12 +58,10 @@ class StreamedSession(OnDiskSession):
                 f"{type(self.model).__name__} uses weights outside of its blocks ({error})"
             ) from error
 
-    def write(
-        self, path: Path, companions: Companions, on_progress: OnProgress, summary: Summary, *, resume: bool
-    ) -> None:
+    def write(self, path: Path, *args: Any, **options: Any) -> None:
         """See :meth:`OnDiskSession.write`."""
         self.state.scratch = path.parent
-        super().write(path, companions, on_progress, summary, resume=resume)
+        super().write(path, *args, **options)
 
     def write_to(
         self, draft: Path, journal: Journal, companions: Companions, on_progress: OnProgress, summary: Summary
