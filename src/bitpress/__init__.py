@@ -1,6 +1,6 @@
 """bitpress: small models from a recipe."""
 
-from bitpress.checkpoints import load, save
+from bitpress.checkpoints import save
 from bitpress.errors import BitpressError
 from bitpress.mappings import find_mappings
 from bitpress.modifiers import (
@@ -15,6 +15,7 @@ from bitpress.modifiers import (
 )
 from bitpress.oneshot import oneshot
 from bitpress.plan import plan
+from bitpress.runtime import load
 from bitpress.session import Recipe
 
 __all__ = [

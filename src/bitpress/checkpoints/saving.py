@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitpress.checkpoints.attached import (
     attached_attentions,
     attached_layers,
+    holds_packed,
     packed_weight,
     scheme_of,
 )
@@ -81,7 +82,7 @@ def save(
     layers = attached_layers(model) if save_compressed else {}
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
     # A state dict of the caller's (gathered from many devices) is packed like the model's own.
-    state = dict(options.pop("state_dict", None) or _dense_state(model))
+    state = _with_packed(model, dict(options.pop("state_dict", None) or _dense_state(model)))
     path = check_destination(directory, overwrite=overwrite, needed=_bytes(model, state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
@@ -129,6 +130,20 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
+def _with_packed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which layers that hold packed weights have dense ones, of no memory until they are wanted."""
+    packed = {name: layer for name, layer in model.named_modules() if holds_packed(layer)}
+    held = {f"{name}.{kind}" for name, layer in packed.items() for kind in layer.HELD}  # type: ignore[union-attr]
+    state = {name: tensor for name, tensor in state.items() if name not in held}
+    return state | {f"{name}.weight": layer.empty_weight() for name, layer in packed.items()}  # type: ignore[operator]
+
+
+def _dense(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the dense weights that are wanted."""
+    of = {name: find_layer(model, name.removesuffix(".weight")) for name, tensor in state.items() if tensor.is_meta}
+    return {name: of[name].weight if name in of else tensor for name, tensor in state.items()}  # type: ignore[misc]
+
+
 def _bytes(model: nn.Module, state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:
     experts = [s for s in stored_experts(model) if s.packable and all(name in packed for name in s.names)]
     gone = {parameter for s in experts for parameter in s.parameters} | {f"{name}.weight" for name in packed}
@@ -149,6 +164,7 @@ def _write_transformers(
     stored, read = plan(model, state, layers, packed, attentions)
     for name in [parameter for s in stored.apart for parameter in s.parameters]:
         del state[name]
+    state = _dense(model, {n: t for n, t in state.items() if n.removesuffix(".weight") not in read})
     if not read and not attentions:
         type(model).save_pretrained(model, draft, state_dict=state, **options)
         return
@@ -237,7 +253,7 @@ def _write_plain(
     experts = [s for s in stored_experts(model) if all(layer in packed for layer in s.names)]
     for name in [parameter for s in experts for parameter in s.parameters]:
         del state[name]
-    tensors = _replace_weights(state, layers, packed)
+    tensors = _dense(model, _replace_weights(state, layers, packed))
     shared: dict[int, str] = {}
     aliases = {}
     for name, tensor in list(tensors.items()):

@@ -1,0 +1,62 @@
+"""Products with 8-bit weights that have a scale a row, by torch's own kernel, in bfloat16 on CPUs.
+
+It sums x * q in float32 and multiplies by the scale, in bfloat16, at last.
+"""
+
+from typing import ClassVar
+
+import torch
+from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
+from torch import Tensor
+
+from bitpress.checkpoints.attached import scheme_of
+from bitpress.quantization import PackedWeight, QuantizedWeight
+from bitpress.runtime.layers import PackedLayer
+
+_multiply = torch.ops.aten._weight_int8pack_mm.default
+
+
+class Int8Layer(PackedLayer):
+    """Integers of 5 to 8 bits on a symmetric grid, with a scale a row or tensor; 8 bits a weight."""
+
+    HELD: ClassVar[tuple[str, ...]] = ("weight_int8", "weight_scales", "weight_scale")
+
+    @staticmethod
+    def fits(weight: PackedWeight) -> bool:
+        """See the class."""
+        args = weight.args
+        plain = args.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR)
+        integers = args.type == QuantizationType.INT and args.symmetric
+        return integers and plain and weight.scale.device.type == "cpu" and bool(weight.scale.bfloat16().isfinite().all())
+
+    def hold(self, weight: PackedWeight) -> None:
+        """A weight a byte, and a scale a row."""
+        self.register_buffer("weight_int8", weight.unpack().values)
+        self.register_buffer("weight_scales", weight.scale.bfloat16().flatten().expand(weight.shape[0]).contiguous())
+        # As it is stored, where it is not a bfloat16 a row.
+        own = weight.args.strategy == QuantizationStrategy.CHANNEL and weight.scale.dtype == torch.bfloat16
+        self.register_buffer("weight_scale", None if own else weight.scale)
+
+    def product(self, x: Tensor) -> Tensor:
+        """One product in bfloat16; the bias is added in the input's dtype."""
+        held = self._buffers
+        rows, columns = self.weight_shape
+        flat = x.reshape(-1, columns).to(torch.bfloat16).contiguous()
+        y: Tensor = _multiply(flat, held["weight_int8"], held["weight_scales"]).view(*x.shape[:-1], rows).to(x.dtype)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias
+
+    def quantized(self) -> QuantizedWeight:
+        """The points, and the grid that they are on."""
+        own = self._buffers["weight_scale"]
+        scale = self.get_buffer("weight_scales").view(-1, 1) if own is None else own
+        zero_point = torch.zeros_like(scale, dtype=torch.int8)
+        return QuantizedWeight(self.get_buffer("weight_int8"), scale, zero_point, scheme_of(self).weights)
+
+    def packed_weight(self) -> PackedWeight:
+        """See :class:`PackedLayer`."""
+        return self.quantized().pack()
+
+    def matrix(self) -> Tensor:
+        """See :class:`PackedLayer`."""
+        return self.quantized().dequantize().to(self.weight_dtype)
