@@ -28,7 +28,7 @@ RECIPES = {
 
 
 def weights(path):
-    model = bitpress.load(path)
+    model = bitpress.load(path, packed=False)
     return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
 
 

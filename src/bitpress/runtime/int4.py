@@ -6,7 +6,7 @@ weight would be; so is a scale that is stored in another dtype.
 """
 
 import functools
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
@@ -41,12 +41,12 @@ class Int4Layer(PackedLayer):
         args = weight.args
         if args.type != QuantizationType.INT or args.num_bits > 4 or _group(weight) is None:
             return False
-        if weight.scale.is_cuda and weight.shape[1] % (INNER_TILES * 16):
+        if not works_on(weight.scale.device) or (weight.scale.is_cuda and weight.shape[1] % (INNER_TILES * 16)):
             return False
         scale = spread(weight.scale, weight, 1).bfloat16()
         zero = _zeros(spread(weight.zero_point, weight, 1), scale)
         back = torch.equal(_zero_points(scale, zero), spread(weight.zero_point, weight, 1))
-        return back and bool(zero.isfinite().all()) and works_on(weight.scale.device)
+        return back and bool(zero.isfinite().all())
 
     def hold(self, weight: PackedWeight) -> None:
         """Two weights a byte, and (groups, out, 2) of scales and zeros."""
@@ -67,7 +67,9 @@ class Int4Layer(PackedLayer):
         held = self._buffers
         rows, columns = self.weight_shape
         flat = x.reshape(-1, columns).to(torch.bfloat16).contiguous()
-        y = multiply(flat, held["weight_int4"], self._group, held["weight_scales_and_zeros"])
+        words, both = held["weight_int4"], held["weight_scales_and_zeros"]
+        derived = flat.requires_grad and torch.is_grad_enabled()
+        y: Tensor = (_Derived.apply if derived else multiply)(flat, words, self._group, both)
         if y.shape[1] != rows:
             y = y[:, :rows]
         y = y.view(*x.shape[:-1], rows) if y.is_contiguous() else y.reshape(*x.shape[:-1], rows)
@@ -98,6 +100,23 @@ def multiply(x: Tensor, words: Tensor | None, group: int, both: Tensor | None) -
     """``x`` (tokens, in), bfloat16, by the weight: (tokens, out)."""
     product: Tensor = (_on_cuda if x.is_cuda else _on_cpu)(x, words, group, both)
     return product
+
+
+class _Derived(torch.autograd.Function):
+    """The product, with the derivative that torch's has not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, words: Tensor, group: int, both: Tensor) -> Tensor:
+        ctx.save_for_backward(words, both)
+        ctx.group = group
+        return multiply(x, words, group, both)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        words, both = ctx.saved_tensors
+        columns = ctx.group * len(both)
+        unit = torch.eye(columns, dtype=gradient.dtype, device=gradient.device)
+        return gradient @ multiply(unit, words, ctx.group, both).T, None, None, None
 
 
 def _group(weight: PackedWeight) -> int | None:
