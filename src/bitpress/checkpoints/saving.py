@@ -133,15 +133,15 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
 def _with_packed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in which layers that hold packed weights have dense ones, of no memory until they are wanted."""
     packed = {name: layer for name, layer in model.named_modules() if holds_packed(layer)}
-    held = {f"{name}.{kind}" for name, layer in packed.items() for kind in layer.HELD}  # type: ignore[union-attr]
+    held = {f"{name}.{kind}" for name, layer in packed.items() for kind in layer.HELD}
     state = {name: tensor for name, tensor in state.items() if name not in held}
-    return state | {f"{name}.weight": layer.empty_weight() for name, layer in packed.items()}  # type: ignore[operator]
+    return state | {f"{name}.weight": layer.empty_weight() for name, layer in packed.items()}
 
 
 def _dense(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with the dense weights that are wanted."""
-    of = {name: find_layer(model, name.removesuffix(".weight")) for name, tensor in state.items() if tensor.is_meta}
-    return {name: of[name].weight if name in of else tensor for name, tensor in state.items()}  # type: ignore[misc]
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if holds_packed(layer)}
+    return {n: layers[n].weight if n in layers and t.is_meta else t for n, t in state.items()}
 
 
 def _bytes(model: nn.Module, state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:

@@ -69,7 +69,8 @@ class Int4Layer(PackedLayer):
         flat = x.reshape(-1, columns).to(torch.bfloat16).contiguous()
         words, both = held["weight_int4"], held["weight_scales_and_zeros"]
         derived = flat.requires_grad and torch.is_grad_enabled()
-        y: Tensor = (_Derived.apply if derived else multiply)(flat, words, self._group, both)
+        product: Any = _Derived.apply if derived else multiply
+        y: Tensor = product(flat, words, self._group, both)
         if y.shape[1] != rows:
             y = y[:, :rows]
         y = y.view(*x.shape[:-1], rows) if y.is_contiguous() else y.reshape(*x.shape[:-1], rows)

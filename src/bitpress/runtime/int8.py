@@ -48,7 +48,8 @@ class Int8Layer(PackedLayer):
         rows, columns = self.weight_shape
         flat = x.reshape(-1, columns).to(torch.bfloat16).clone(memory_format=torch.contiguous_format)
         derived = flat.requires_grad and torch.is_grad_enabled()
-        y: Tensor = _Derived.apply(flat, values, scales) if derived else _multiply(flat, values, scales)
+        product: Any = _Derived.apply if derived else _multiply
+        y: Tensor = product(flat, values, scales)
         y = y.view(*x.shape[:-1], rows).to(x.dtype)
         bias = self._parameters["bias"]
         return y if bias is None else y + bias

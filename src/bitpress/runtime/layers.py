@@ -67,7 +67,9 @@ class PackedLayer(nn.Module):
         packed, scale = cast(Tensor, held["weight_packed"]), cast(Tensor, held["weight_scale"])
         zero_point, global_scale = held["weight_zero_point"], held["weight_global_scale"]
         rows, columns = self.weight_shape
-        return dequantize(packed, scale, zero_point, global_scale, rows, columns, self._stated, self.weight_dtype)
+        args = self._stated
+        dense: Tensor = dequantize(packed, scale, zero_point, global_scale, rows, columns, args, self.weight_dtype)
+        return dense
 
     @property
     def weight(self) -> Tensor:
@@ -100,7 +102,7 @@ class PackedLayer(nn.Module):
         weight = self.packed_weight()
         held = {name: self._buffers.pop(name) for name in self.HELD if name in self._buffers}
         like = fn(torch.empty(0, dtype=self.weight_dtype, device=weight.scale.device))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if (like.device.type, like.dtype) == (weight.scale.device.type, self.weight_dtype):
             for name, tensor in held.items():
                 self.register_buffer(name, None if tensor is None else _keeping_dtype(fn, tensor))
@@ -122,12 +124,14 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
     """The same weight on a device."""
-    tensors = {name: getattr(weight, name) for name in ("packed", "scale", "zero_point", "global_scale")}
-    return replace(weight, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
+    scale, zero_point = weight.scale.to(device), weight.zero_point.to(device)
+    global_scale = None if weight.global_scale is None else weight.global_scale.to(device)
+    packed = weight.packed.to(device)
+    return replace(weight, packed=packed, scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 
 @functools.cache
-def _joined(kind: type[PackedLayer], own: type[nn.Module]) -> type[PackedLayer]:
+def _joined(kind: Any, own: Any) -> type[PackedLayer]:
     return type(f"{kind.__name__}_{own.__name__}", (kind, own), {"own_class": own, "__module__": own.__module__})
 
 
@@ -138,7 +142,8 @@ Choose = Callable[[type[nn.Module], PackedWeight, torch.dtype], type[PackedLayer
 def hold(layer: nn.Module, weight: PackedWeight, own: type[nn.Module], choose: Choose) -> None:
     """Give a layer that has no weight a packed one, on the device where that is."""
     packed = cast(PackedLayer, layer)
-    layer.__class__ = _joined(choose(own, weight, packed.weight_dtype), own)
+    kind: Any = choose(own, weight, packed.weight_dtype)
+    layer.__class__ = _joined(kind, cast(Any, own))
     packed.choose = choose
     packed.weight_shape = weight.shape
     packed._stated = weight.args.model_dump_json()
@@ -155,7 +160,7 @@ def pack_layer(layer: nn.Module, weight: PackedWeight, choose: Choose) -> None:
         layer._non_persistent_buffers_set.discard(name)
     if quantizes_activations(scheme_of(layer)):
         layer.__dict__.pop("forward", None)  # compressed-tensors', which would ask twice for the weight
-    layer.weight_dtype = dense.dtype
+    cast(PackedLayer, layer).weight_dtype = dense.dtype
     hold(layer, moved(weight, dense.device), type(layer), choose)
 
 
@@ -166,7 +171,7 @@ def unpack_layer(layer: PackedLayer) -> None:
         layer._buffers.pop(name, None)
     for name in ("weight_dtype", "choose", "weight_shape", "_stated", "_activations"):
         delattr(layer, name)
-    layer.__class__ = layer.own_class
+    layer.__class__ = cast(Any, layer.own_class)
     behind = dict(layer._parameters)
     layer._parameters.clear()
     layer.register_parameter("weight", nn.Parameter(dense, requires_grad=False))
