@@ -17,7 +17,7 @@ from bitpress.runtime.layers import PackedLayer
 # A multiple of every vector's.
 COLUMNS = 32
 
-_multiply = torch.ops.aten._weight_int8pack_mm.default
+_multiply: Any = torch._weight_int8pack_mm
 
 
 class Int8Layer(PackedLayer):
