@@ -171,9 +171,9 @@ def saved_and_loaded(model: nn.Module, probe: dict[str, Tensor]) -> tuple[str, b
         dense = any("stored dense" in message for message in messages)
         unread = any("bitpress.load" in message for message in messages)
         if hasattr(transformers, type(model).__name__):
-            back = bitpress.load(folder) if unread else type(model).from_pretrained(folder, dtype="auto")
+            back = bitpress.load(folder, packed=False) if unread else type(model).from_pretrained(folder, dtype="auto")
         else:
-            back = bitpress.load(folder, model=type(model)(model.config))
+            back = bitpress.load(folder, model=type(model)(model.config), packed=False)
         found = architectures.output(back.eval().requires_grad_(requires_grad=False), probe)
         assert torch.equal(found, expected), f"reloaded, the output differs by {float((found - expected).abs().max())}"
     return "bitpress.load" if unread else "transformers", dense

@@ -7,8 +7,18 @@ from test_streaming import four_bits, report, stored, tokens
 from tiny import llama
 
 import bitpress
-from bitpress import AWQModifier, DistillationModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier
+from bitpress import (
+    AWQModifier,
+    DistillationModifier,
+    GPTQModifier,
+    QuantizationModifier,
+    SmoothQuantModifier,
+    oneshot,
+)
 from bitpress.pipelines import spilling
+from bitpress.quantization import QuantizationArgs, QuantizationScheme
+from bitpress.runtime import pack
+from bitpress.runtime.int4 import Int4Layer
 from bitpress.statistics import InputStatistics, Statistic
 
 pytestmark = [
@@ -28,7 +38,7 @@ RECIPES = {
 
 
 def weights(path):
-    model = bitpress.load(path)
+    model = bitpress.load(path, packed=False)
     return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
 
 
@@ -115,3 +125,20 @@ def test_gram_of_halves_is_as_good_as_float32(dtype):
     exact = x.double().T @ x.double()
     bound = 2**-23 * 4096 * (x.double().abs().T @ x.double().abs())
     assert ((statistics.gram.cpu().double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 128])
+def test_packed_weights_compute_on_the_gpu(symmetric, group, tmp_path):
+    weights = QuantizationArgs(num_bits=4, symmetric=symmetric, strategy="group", group_size=group)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 80), torch.nn.ReLU(), torch.nn.Linear(80, 48)).bfloat16()
+    oneshot(model, None, QuantizationModifier(config_groups={"group_0": scheme}, ignore=["2"]))
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, weight = model(x), model[0].weight.clone()
+    pack(model)
+    moved = model.to("cuda")
+    assert isinstance(moved[0], Int4Layer)
+    assert torch.equal(moved[0].weight.cpu(), weight)
+    torch.testing.assert_close(moved(x.cuda()).cpu(), expected, rtol=0.05, atol=0.05)
+    assert torch.equal(moved.to("cpu")[0].weight, weight)

@@ -1,6 +1,6 @@
 """bitpress: small models from a recipe."""
 
-from bitpress.checkpoints import convert, load, save
+from bitpress.checkpoints import convert, save
 from bitpress.errors import BitpressError
 from bitpress.evaluate import evaluate
 from bitpress.evaluation import Evaluation
@@ -17,6 +17,7 @@ from bitpress.modifiers import (
 )
 from bitpress.oneshot import oneshot
 from bitpress.plan import plan
+from bitpress.runtime import load
 from bitpress.session import Recipe
 
 __all__ = [

@@ -49,7 +49,7 @@ def evaluate(  # noqa: PLR0913
     Both models are in memory together, and every batch is run once through each. They are left as they were.
 
     Args:
-        model: a module, or the path or hub id of a model; of a compressed checkpoint, what :func:`bitpress.load` gives.
+        model: a module, or the path or hub id of a model; of a compressed checkpoint, its dense weights.
         dataset: texts or token ids, for perplexity and agreement: a .txt, .jsonl, .parquet or .csv path, a hub name,
             strings, lists of token ids, a ``datasets`` dataset. With an original, of any other module: batches of what
             its forward takes, as :func:`bitpress.oneshot` has them.

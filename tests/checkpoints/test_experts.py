@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bitpress
-from bitpress import oneshot
+from bitpress import checkpoints, oneshot
 from bitpress.checkpoints import directory as directories
 from bitpress.checkpoints.pretrained import load_pretrained
 from bitpress.models.experts import find_layer, fused_experts, named_layers
@@ -146,7 +146,7 @@ def test_packed_experts_are_stored_one_by_one_and_load_back(family, case, source
             if bits != 3:  # how these are packed is compressed-tensors' affair
                 words = layer.weight.shape[0] * math.ceil(layer.weight.shape[1] * bits / 32)
                 assert stored[f"{name}.weight_packed"].numel() == words
-    loaded = bitpress.load(tmp_path / "out")
+    loaded = checkpoints.load(tmp_path / "out")
     assert type(loaded) is type(model)
     assert torch.equal(answer(loaded, family), answer(model, family))
     if family in READ and (symmetric or family == "llama4"):
@@ -165,9 +165,9 @@ def test_packed_experts_are_stored_one_by_one_and_load_back(family, case, source
 def test_a_loaded_model_is_saved_again_to_the_same_tensors(family, symmetric, sources, tmp_path):
     model = oneshot(sources(family), None, rtn(symmetric=symmetric))
     model.save_pretrained(tmp_path / "out")
-    loaded = bitpress.load(tmp_path / "out")
+    loaded = checkpoints.load(tmp_path / "out")
     assert_saved_again(loaded, tmp_path / "out", tmp_path / "again")
-    assert torch.equal(answer(bitpress.load(tmp_path / "again"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "again"), family), answer(model, family))
 
 
 FLOATS = {"FP8": None, "FP8_DYNAMIC": None, "MXFP4A16": None, "MXFP8A16": "several scales", "NVFP4A16": "global scales"}
@@ -182,7 +182,7 @@ def test_floats(family, preset, sources, tmp_path, caplog):
     model = oneshot(sources(family, torch.bfloat16), None, recipe)
     model.save_pretrained(tmp_path / "out")
     assert any(".experts.1." in name and name.endswith("weight_scale") for name in tensors_of(tmp_path / "out"))
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
     unread = None if family == "llama4" else FLOATS[preset]  # its experts become layers
     if unread:
         assert unread in caplog.text
@@ -196,7 +196,7 @@ def test_floats(family, preset, sources, tmp_path, caplog):
 def test_half_precision(dtype, sources, tmp_path):
     model = oneshot(sources("qwen3_moe", dtype), None, rtn(symmetric=True))
     model.save_pretrained(tmp_path / "out")
-    for back in (type(model).from_pretrained(tmp_path / "out", dtype="auto"), bitpress.load(tmp_path / "out")):
+    for back in (type(model).from_pretrained(tmp_path / "out", dtype="auto"), checkpoints.load(tmp_path / "out")):
         assert answer(back).dtype == dtype
         assert torch.equal(answer(back), answer(model))
 
@@ -208,13 +208,13 @@ def test_awq(sources, tmp_path):
     assert not torch.equal(answer(model), before)
     model.save_pretrained(tmp_path / "out")
     assert_read_by_transformers(model, tmp_path / "out", "qwen3_moe")
-    assert torch.equal(answer(bitpress.load(tmp_path / "out")), answer(model))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out")), answer(model))
 
 
 def test_what_is_loaded_is_quantized_on_the_same_grid(sources, tmp_path):
     model = oneshot(sources("mixtral"), None, rtn())
     model.save_pretrained(tmp_path / "out")
-    loaded = bitpress.load(tmp_path / "out")
+    loaded = checkpoints.load(tmp_path / "out")
     layers, back = expert_layers(model), expert_layers(loaded)
     assert layers.keys() == back.keys()
     for name, layer in layers.items():
@@ -230,7 +230,7 @@ def test_shards(sources, tmp_path):
     model = oneshot(sources("qwen3_moe"), None, rtn())
     model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert torch.equal(answer(bitpress.load(tmp_path / "out")), answer(model))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out")), answer(model))
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "llama4_vl", "glm4v_moe"])
@@ -240,7 +240,7 @@ def test_models_that_see(family, sources, tmp_path):
     model = oneshot(sources(family), None, rtn(["re:.*(lm_head|vision|visual).*", "re:.*projector.*"]))
     model.save_pretrained(tmp_path / "out")
     assert any(".experts." in name and name.endswith("weight_packed") for name in tensors_of(tmp_path / "out"))
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_targets_that_name_the_experts(family, targets, sources, tmp_path):
     """The checkpoint's names may be others than those the recipe speaks of."""
     model = oneshot(sources(family), None, rtn((), symmetric=True, targets=targets))
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
     if family in READ:
         assert_read_by_transformers(model, tmp_path / "out", family)
 
@@ -274,7 +274,7 @@ def test_experts_that_no_reader_takes_packed_are_stored_dense_on_the_grid(family
         assert torch.equal(stored[name], state[name])
     assert any(name.endswith("weight_packed") for name in stored)
     assert_read_by_transformers(model, tmp_path / "out", family)
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
 
 
 IGNORED = {
@@ -299,7 +299,7 @@ IGNORED = {
 def test_experts_that_are_ignored_are_never_random(family, case, sources, tmp_path):
     model = oneshot(sources(family), None, rtn(["lm_head", IGNORED[case]], symmetric=True))
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
     packed = any(".experts." in name and name.endswith("weight_packed") for name in tensors_of(tmp_path / "out"))
     if family in READ or not packed:
         assert_read_by_transformers(model, tmp_path / "out", family)
@@ -309,7 +309,7 @@ def test_experts_that_are_ignored_are_never_random(family, case, sources, tmp_pa
 def test_a_loaded_model_with_ignored_experts_is_saved_again(family, sources, tmp_path):
     model = oneshot(sources(family), None, rtn(["lm_head", "re:.*experts.*"], symmetric=True))
     model.save_pretrained(tmp_path / "out")
-    assert_saved_again(bitpress.load(tmp_path / "out"), tmp_path / "out", tmp_path / "again")
+    assert_saved_again(checkpoints.load(tmp_path / "out"), tmp_path / "out", tmp_path / "again")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4", "granitemoe"])
@@ -320,7 +320,7 @@ def test_attention_and_experts_in_schemes_of_their_own(family, sources, tmp_path
     }
     model = oneshot(sources(family), None, QuantizationModifier(config_groups=groups))
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
     stored = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in stored} == {4, 8}
     if family in READ:
@@ -335,7 +335,7 @@ def test_experts_in_two_schemes(family, sources, tmp_path):
     }
     model = oneshot(sources(family), None, QuantizationModifier(config_groups=groups))
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
     if family in READ:
         assert_read_by_transformers(model, tmp_path / "out", family)
 
@@ -384,7 +384,7 @@ def test_dense_on_request(family, sources, tmp_path):
     stored, plain = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     assert {n: t.shape for n, t in stored.items()} == {n: t.shape for n, t in plain.items()}
     assert_read_by_transformers(model, tmp_path / "out", family)
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
 
 
 def test_a_disk_with_room_for_the_packed_model_is_large_enough(sources, tmp_path, monkeypatch):
@@ -409,7 +409,7 @@ def test_a_changed_expert_is_not_saved_as_quantized(family, sources, tmp_path):
     with pytest.raises(bitpress.BitpressError, match=rf"{owner}\.2\.down_proj\.weight is not what oneshot left"):
         model.save_pretrained(tmp_path / "out")
     model.save_pretrained(tmp_path / "out", save_compressed=False)
-    assert torch.equal(answer(bitpress.load(tmp_path / "out"), family), answer(model, family))
+    assert torch.equal(answer(checkpoints.load(tmp_path / "out"), family), answer(model, family))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -530,7 +530,7 @@ def test_plain_modules(kind, symmetric, tmp_path):
     assert not torch.equal(outputs(model), before)
     bitpress.save(model, tmp_path / "out")
     assert not torch.equal(outputs(fresh), outputs(model))
-    assert bitpress.load(tmp_path / "out", fresh) is fresh
+    assert checkpoints.load(tmp_path / "out", fresh) is fresh
     assert torch.equal(outputs(fresh), outputs(model))
     tiny.assert_unchanged(fresh, tiny.snapshot(model))
     bitpress.save(fresh, tmp_path / "again")
@@ -548,7 +548,7 @@ def test_a_plain_module_that_is_the_experts_itself(tmp_path):
     oneshot(model, None, rtn(()))
     bitpress.save(model, tmp_path / "out")
     assert "0.weight_packed" in tensors_of(tmp_path / "out")
-    bitpress.load(tmp_path / "out", fresh)
+    checkpoints.load(tmp_path / "out", fresh)
     assert torch.equal(outputs(fresh), outputs(model))
     assert hasattr(find_layer(fresh, "0"), "quantization_scheme")
 
@@ -557,5 +557,5 @@ def test_a_plain_module_with_some_experts_ignored(tmp_path):
     model, fresh = tiny.seeded(Plain), tiny.seeded(Plain, seed=1)
     oneshot(model, None, rtn([r"re:.*experts\.1\..*"]))
     bitpress.save(model, tmp_path / "out")
-    bitpress.load(tmp_path / "out", fresh)
+    checkpoints.load(tmp_path / "out", fresh)
     assert torch.equal(outputs(fresh), outputs(model))

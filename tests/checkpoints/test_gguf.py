@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bitpress
-from bitpress import BitpressError, GPTQModifier, QuantizationModifier
+from bitpress import BitpressError, GPTQModifier, QuantizationModifier, checkpoints
 
 WIDTH, MLP, LAYERS, WORDS = 64, 128, 2, 96
 
@@ -65,7 +65,7 @@ def test_compresses_and_serves(file, tmp_path):
     bitpress.oneshot(file, ids, recipe, output_dir=tmp_path / "out", progress=False)
     dense = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    loaded = bitpress.load(tmp_path / "out")
+    loaded = checkpoints.load(tmp_path / "out")
     with torch.no_grad():
         logits = served(torch.tensor(ids)).logits
         assert torch.equal(logits, loaded(torch.tensor(ids)).logits)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import bitpress
-from bitpress import AWQMapping, BitpressError, oneshot
+from bitpress import AWQMapping, BitpressError, checkpoints, oneshot
 from bitpress.modifiers import QuantizationModifier
 from bitpress.quantization import QuantizationStrategy, packing
 
@@ -70,7 +70,7 @@ def outputs(model, dtype=torch.float32):
 def round_trip(model, fresh, folder):
     bitpress.save(model, folder)
     assert outputs(fresh).ne(outputs(model)).any()
-    assert bitpress.load(folder, fresh) is fresh
+    assert checkpoints.load(folder, fresh) is fresh
     return fresh
 
 
@@ -126,7 +126,7 @@ def test_what_another_version_of_compressed_tensors_packed(bits, tmp_path):
 def test_half_precision(bits, dtype, tmp_path):
     model = oneshot(Stack().to(dtype), None, rtn(ignore=(), bits=bits))
     bitpress.save(model, tmp_path / "out")
-    back = bitpress.load(tmp_path / "out", Stack(seed=1).to(dtype))
+    back = checkpoints.load(tmp_path / "out", Stack(seed=1).to(dtype))
     assert torch.equal(outputs(back, dtype), outputs(model, dtype))
 
 
@@ -148,7 +148,7 @@ def test_an_mlp_is_one_block(tmp_path):
 def test_few_rows_of_zero_points(tmp_path):
     model = oneshot(tiny.MLP(64, 3), None, rtn(ignore=()))
     bitpress.save(model, tmp_path / "out")
-    back = bitpress.load(tmp_path / "out", tiny.MLP(64, 3))
+    back = checkpoints.load(tmp_path / "out", tiny.MLP(64, 3))
     assert torch.equal(back.net[0].weight, model.net[0].weight)
 
 
@@ -189,7 +189,7 @@ def test_dense(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
-    back = bitpress.load(tmp_path / "out", Stack(seed=1))
+    back = checkpoints.load(tmp_path / "out", Stack(seed=1))
     assert torch.equal(outputs(back), outputs(model))
 
 
@@ -216,7 +216,7 @@ def test_into_a_model_of_transformers(family, tmp_path):
     model = oneshot(getattr(tiny, family)(), token_ids(), recipe, num_calibration_samples=6)
     model.save_pretrained(tmp_path / "out")
     fresh = getattr(tiny, family)()
-    back = bitpress.load(tmp_path / "out", fresh)
+    back = checkpoints.load(tmp_path / "out", fresh)
     assert torch.equal(tiny.logits(back), tiny.logits(model))
 
 
@@ -224,15 +224,15 @@ def test_into_a_model_of_transformers(family, tmp_path):
 def test_shards_and_dense_ones(options, tmp_path):
     model = oneshot(tiny.llama(tie_word_embeddings=True), None, rtn())
     model.save_pretrained(tmp_path / "out", **options)
-    back = bitpress.load(tmp_path / "out", tiny.llama(tie_word_embeddings=True))
+    back = checkpoints.load(tmp_path / "out", tiny.llama(tie_word_embeddings=True))
     assert torch.equal(tiny.logits(back), tiny.logits(model))
 
 
 def test_without_a_model(tmp_path):
     model = oneshot(tiny.llama(), None, rtn())
     bitpress.save(model, tmp_path / "out")
-    assert torch.equal(tiny.logits(bitpress.load(tmp_path / "out")), tiny.logits(model))
-    cast = bitpress.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(tiny.logits(checkpoints.load(tmp_path / "out")), tiny.logits(model))
+    cast = checkpoints.load(tmp_path / "out", dtype=torch.bfloat16)
     assert tiny.logits(cast).dtype == torch.bfloat16
 
 
@@ -309,35 +309,35 @@ def test_checkpoints_that_do_not_fit(harm, message, saved):
     model = Stack(seed=1)
     before = tiny.snapshot(model)
     with pytest.raises(BitpressError, match=message):
-        bitpress.load(saved, model)
+        checkpoints.load(saved, model)
     tiny.assert_unchanged(model, before)
     assert not hasattr(model.inside, "quantization_scheme")
 
 
 def test_a_model_of_another_architecture(saved):
     with pytest.raises(BitpressError, match="does not fit MLP"):
-        bitpress.load(saved, tiny.MLP(WIDTH, WIDTH))
+        checkpoints.load(saved, tiny.MLP(WIDTH, WIDTH))
 
 
 def test_a_model_of_another_dtype(saved):
     # Cast, its weights would no longer be those that were saved.
     with pytest.raises(BitpressError, match=r"is torch.float32, the model's torch.bfloat16.*model\.to"):
-        bitpress.load(saved, Stack().to(torch.bfloat16))
+        checkpoints.load(saved, Stack().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("model", [None, Stack()], ids=["without a model", "with one"])
 def test_nothing_is_there(model, tmp_path):
     with pytest.raises(BitpressError, match="holds no checkpoint"):
-        bitpress.load(tmp_path / "nowhere", model)
+        checkpoints.load(tmp_path / "nowhere", model)
 
 
 def test_a_plain_module_needs_its_architecture(saved):
     with pytest.raises(BitpressError, match=r"give bitpress\.load a model"):
-        bitpress.load(saved)
+        checkpoints.load(saved)
 
 
 def test_a_broken_checkpoint_of_transformers(tmp_path):
     bitpress.save(oneshot(tiny.llama(), None, rtn()), tmp_path / "out")
     _cut_short(tmp_path / "out")
     with pytest.raises(BitpressError, match="transformers cannot load"):
-        bitpress.load(tmp_path / "out")
+        checkpoints.load(tmp_path / "out")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from transformers import modeling_utils as transformers_saving
 
 import bitpress
-from bitpress import BitpressError, Recipe, oneshot
+from bitpress import BitpressError, Recipe, checkpoints, oneshot
 from bitpress.checkpoints import directory as directories
 from bitpress.checkpoints import saving
 from bitpress.modifiers import QuantizationModifier
@@ -173,7 +173,7 @@ def test_integers_that_are_stored_one_a_byte(strategy, symmetric, bits, sources,
     assert stored[f"{Q_PROJ}.weight"].dtype == torch.int8
     assert config_of(tmp_path / "out")["quantization_config"]["format"] == "int-quantized"
     assert same_logits(loaded(tmp_path / "out"), model)
-    assert same_logits(bitpress.load(tmp_path / "out"), model)
+    assert same_logits(checkpoints.load(tmp_path / "out"), model)
 
 
 def test_two_formats_in_one_model(sources, tmp_path):
@@ -190,7 +190,7 @@ def test_two_formats_in_one_model(sources, tmp_path):
     formats = {group["weights"]["num_bits"]: group["format"] for group in config["config_groups"].values()}
     assert formats == {8: "int-quantized", 4: "pack-quantized"}
     assert same_logits(loaded(tmp_path / "out"), model)
-    assert same_logits(bitpress.load(tmp_path / "out"), model)
+    assert same_logits(checkpoints.load(tmp_path / "out"), model)
 
 
 def test_a_format_that_does_not_fit_is_refused(sources):

@@ -4,11 +4,13 @@ from bitpress.checkpoints.attached import attach, attach_attention, attached_lay
 from bitpress.checkpoints.changes import Changes
 from bitpress.checkpoints.directory import check_destination
 from bitpress.checkpoints.formats import convert
+from bitpress.checkpoints.keeping import Keep
 from bitpress.checkpoints.loading import load
 from bitpress.checkpoints.saving import bind_save_pretrained, save
 
 __all__ = [
     "Changes",
+    "Keep",
     "attach",
     "attach_attention",
     "attached_layers",

@@ -6,6 +6,7 @@ are given here as its loader gives them: the model in memory computes what the l
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from compressed_tensors.modeling import IMPL_ATTR
@@ -125,6 +126,8 @@ def packed_weight(name: str, module: nn.Module) -> PackedWeight:
     Raises:
         BitpressError: the weight is no longer on its grid: it was trained, cast or replaced since it was quantized.
     """
+    if holds_packed(module):
+        return _own_weight(name, module)
     scheme: QuantizationScheme = module.quantization_scheme
     matrix = weight_matrix(module)
     scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
@@ -132,8 +135,24 @@ def packed_weight(name: str, module: nn.Module) -> PackedWeight:
     global_scale: torch.Tensor | None = getattr(module, "weight_global_scale", None)
     quantized = QuantizedWeight.on_grid(matrix, scale, zero_point, scheme.weights, global_scale)
     if scale.dtype != matrix.dtype or not torch.equal(quantized.dequantize(), matrix):
-        raise BitpressError(
-            f"{name}.weight is not what oneshot left there (trained, cast or replaced since). Save the model before "
-            "changing it, or save dense weights with save_compressed=False."
-        )
+        raise _changed(name)
     return quantized.pack()
+
+
+def holds_packed(module: nn.Module) -> bool:
+    """True for a layer whose weight is packed in memory: one of :mod:`bitpress.runtime`."""
+    return "weight" not in module._parameters and hasattr(module, "packed_weight")
+
+
+def _own_weight(name: str, module: Any) -> PackedWeight:
+    weight: PackedWeight = module.packed_weight()
+    if weight.scale.dtype != module.weight_dtype:
+        raise _changed(name)
+    return weight
+
+
+def _changed(name: str) -> BitpressError:
+    return BitpressError(
+        f"{name}.weight is not what oneshot left there (trained, cast or replaced since). Save the model before "
+        "changing it, or save dense weights with save_compressed=False."
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
 from bitpress.checkpoints.experts import checkpoint_names, stored_experts
+from bitpress.checkpoints.keeping import Keep, stand_in
 from bitpress.checkpoints.packed import (
     is_stored_quantized,
     read_weights,
@@ -71,8 +72,10 @@ def load_named(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
         raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
 
 
-def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any]) -> nn.Module | None:
-    """The model of a compressed checkpoint, with dense weights and its layers marked as quantized.
+def load_compressed(
+    path: Path, config: dict[str, Any], options: dict[str, Any], keep: Keep | None = None
+) -> nn.Module | None:
+    """The model of a compressed checkpoint, with its layers marked as quantized; their weights are dense, or kept.
 
     It does not depend on what transformers reads: experts with zero points, or models that it cannot initialize without
     weights. None if the checkpoint is not compressed, or transformers has no class for it.
@@ -91,6 +94,10 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
     weights = read_weights(path)
     attentions = take_attentions(weights, config, skeleton)
     packed: dict[str, tuple[QuantizationScheme, PackedWeight, dict[str, Tensor]]] = {}
+    quantized = [name for name, stored in names.items() if is_stored_quantized(weights, stored)]
+    kept = set() if keep is None else set(keep.which(skeleton, quantized))
+    options = {"dtype": model_config.dtype, **options}
+    dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else model_config.dtype
     for name, stored in names.items():
         layer = find_layer(skeleton, name)
         if not is_stored_quantized(weights, stored):
@@ -100,12 +107,11 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
         scheme = scheme_for(name, layer, by_target)
         weight = take_packed(weights, stored, scheme, model_config.dtype)
         packed[name] = scheme, weight, take_activations(weights, stored)
-        dense = weight.unpack().dequantize()
+        dense = stand_in(weight, dtype) if name in kept else weight.unpack().dequantize()
         if isinstance(layer, ExpertLinear):
             write_expert(weights, name, layer, dense)
         else:
             weights[f"{stored}.weight"] = as_parameter(layer, dense)
-    options = {"dtype": model_config.dtype, **options}
     model: Any = model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
     model.__dict__.pop("_weight_conversions", None)  # those of the dense weights here, not of the checkpoint
     if (path / "generation_config.json").is_file():
@@ -114,6 +120,8 @@ def load_compressed(path: Path, config: dict[str, Any], options: dict[str, Any])
         attach(find_layer(model, name), scheme, weight, activations)
     for name, attention in attentions.items():
         attention.attach_to(model, name)
+    if keep is not None:
+        keep.put(model, {name: weight for name, (_, weight, _) in packed.items() if name in kept})
     loaded: nn.Module = model
     return loaded
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitpress.checkpoints.attached import (
     attached_attentions,
     attached_layers,
+    holds_packed,
     packed_weight,
     scheme_of,
 )
@@ -93,7 +94,7 @@ def save(
     layers = attached_layers(model) if save_compressed else {}
     packed = {name: packed_weight(name, layer) for name, layer in layers.items()}
     # A state dict of the caller's (gathered from many devices) is packed like the model's own.
-    state = dict(options.pop("state_dict", None) or _dense_state(model))
+    state = _with_packed(model, dict(options.pop("state_dict", None) or _dense_state(model)))
     path = check_destination(directory, overwrite=overwrite, needed=_bytes(model, state, packed))
     with whole_directory(path) as draft:
         if _is_transformers(model):
@@ -153,6 +154,20 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
+def _with_packed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which layers that hold packed weights have dense ones, of no memory until they are wanted."""
+    packed = {name: layer for name, layer in model.named_modules() if holds_packed(layer)}
+    held = {f"{name}.{kind}" for name, layer in packed.items() for kind in layer.HELD}
+    state = {name: tensor for name, tensor in state.items() if name not in held}
+    return state | {f"{name}.weight": layer.empty_weight() for name, layer in packed.items()}
+
+
+def _dense(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the dense weights that are wanted."""
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if holds_packed(layer)}
+    return {n: layers[n].weight if n in layers and t.is_meta else t for n, t in state.items()}
+
+
 def _bytes(model: nn.Module, state: dict[str, Tensor], packed: dict[str, PackedWeight]) -> int:
     experts = [s for s in stored_experts(model) if s.packable and all(name in packed for name in s.names)]
     gone = {parameter for s in experts for parameter in s.parameters} | {f"{name}.weight" for name in packed}
@@ -173,6 +188,7 @@ def _write_transformers(
     stored, read = plan(model, state, layers, packed, attentions)
     for name in [parameter for s in stored.apart for parameter in s.parameters]:
         del state[name]
+    state = _dense(model, {n: t for n, t in state.items() if n.removesuffix(".weight") not in read})
     if not read and not attentions:
         type(model).save_pretrained(model, draft, state_dict=state, **options)
         return
@@ -296,7 +312,7 @@ def _write_plain(
     experts = [s for s in stored_experts(model) if all(layer in packed for layer in s.names)]
     for name in [parameter for s in experts for parameter in s.parameters]:
         del state[name]
-    tensors = _replace_weights(state, layers, packed)
+    tensors = _dense(model, _replace_weights(state, layers, packed))
     shared: dict[int, str] = {}
     aliases = {}
     for name, tensor in list(tensors.items()):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.checkpoints import load
+from bitpress.checkpoints.directory import CONFIG_FILE
 from bitpress.checkpoints.pretrained import load_named, split_gguf
-from bitpress.checkpoints.saving import CONFIG_FILE
 from bitpress.errors import BitpressError
 from bitpress.memory import free_memory
 from bitpress.pipelines.calibrating import calibrating
