@@ -255,7 +255,7 @@ def test_what_was_refined_is_what_is_saved(tmp_path):
         parameter.data = parameter.data.bfloat16()
     tiny.compress(model, recipe(refine=1), tiny.token_data())
     model.save_pretrained(tmp_path)
-    assert torch.equal(tiny.logits(load(tmp_path)), tiny.logits(model))
+    assert torch.equal(tiny.logits(load(tmp_path, packed=False)), tiny.logits(model))
 
 
 def test_one_batch_cannot_be_judged_and_is_not_refined(caplog):

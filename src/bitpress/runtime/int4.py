@@ -24,7 +24,7 @@ INNER_TILES = 8
 # Rows of the unit matrix that read the points back at a time.
 CHUNK = 256
 
-# Called as functions, which takes half the time that torch.ops does.
+# As functions of torch, whose call takes less time than that of torch.ops.
 _on_cpu: Any = torch._weight_int4pack_mm_for_cpu
 _on_cuda: Any = torch._weight_int4pack_mm
 
