@@ -178,6 +178,18 @@ def test_a_zero_point_of_0_makes_it_the_second_version(tmp_path):
     assert torch.equal(weight_of(tmp_path / "positive-gptq", name).half(), model.get_submodule(name).weight)
 
 
+def test_rows_of_one_group_beside_rows_of_several(tmp_path):
+    compressed(tmp_path / "ours", build=lambda: tiny.llama(intermediate_size=32))
+    bitpress.convert(tmp_path / "ours", tmp_path / "awq", format="awq")
+    bitpress.convert(tmp_path / "awq", tmp_path / "gptq", format="gptq")
+    bitpress.convert(tmp_path / "gptq", tmp_path / "back", format="compressed-tensors")
+    for kind in FOREIGN:
+        stated = json.loads((tmp_path / kind / "config.json").read_text())["quantization_config"]
+        assert stated["group_size"] == 32
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+
 def test_dense_layers_within_blocks_are_named(tmp_path):
     compressed(tmp_path / "ours", ignore=("lm_head", "re:.*down_proj"))
     left = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]

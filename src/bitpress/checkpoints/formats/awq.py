@@ -68,11 +68,10 @@ def config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
                 f"{name} is dense and {taken} is quantized: awq's readers find the first name in the second, and would "
                 'leave both dense. Use format="gptq".'
             )
-    whole = layers[0].groups == 1
     return {
         "quant_method": "awq",
         "bits": BITS,
-        "group_size": -1 if whole else layers[0].group,
+        "group_size": layers[0].group_size,
         "version": "gemm",
         "zero_point": True,
         "modules_to_not_convert": list(dense) or None,

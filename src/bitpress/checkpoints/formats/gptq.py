@@ -72,7 +72,7 @@ def config(layers: Sequence[Layer], dense: Sequence[str], zeros: tuple[int, int]
     stated: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
-        "group_size": -1 if layers[0].groups == 1 else layers[0].group,
+        "group_size": layers[0].group_size,
         "desc_act": False,
         "sym": zeros == (0, 0),
         "checkpoint_format": AS_IT_IS if zeros[0] == -(1 << (bits - 1)) else LESS_ONE,

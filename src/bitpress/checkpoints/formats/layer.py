@@ -37,6 +37,11 @@ class Layer:
         return int(self.args.group_size) if grouped else self.shape[1]
 
     @property
+    def group_size(self) -> int:
+        """The group as configs of other formats state it: -1 for whole rows."""
+        return self.group if self.args.strategy == QuantizationStrategy.GROUP else -1
+
+    @property
     def groups(self) -> int:
         """How many scales a row has."""
         return self.shape[1] // self.group

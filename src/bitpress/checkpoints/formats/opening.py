@@ -176,6 +176,7 @@ def _foreign(kind: str, path: Path, config: dict[str, Any], stated: dict[str, An
     if version not in known:
         raise BitpressError(f"{path} is {kind} of the kind {version!r}; read are {' and '.join(filter(None, known))}.")
     foreign: Any = FOREIGN[kind]
+    whole_rows = stated.get("group_size", -1) == -1
     kinds = (*foreign.POINTS, *foreign.GRID)
     shapes: dict[str, tuple[int, int]] = {}
     schemes = {}
@@ -187,20 +188,21 @@ def _foreign(kind: str, path: Path, config: dict[str, Any], stated: dict[str, An
         if columns % groups:
             raise BitpressError(f"{name} has {groups} groups of {columns} columns, which are not of one size.")
         shapes[name] = rows, columns
-        schemes[name] = QuantizationScheme(targets=[nn.Linear.__name__], weights=_args(bits, columns, groups))
+        schemes[name] = QuantizationScheme(
+            targets=[nn.Linear.__name__], weights=_args(bits, columns // groups, whole=whole_rows and groups == 1)
+        )
     layers = {name: Layer(name, shape, schemes[name]) for name, shape in shapes.items()}
     claimed = {f"{name}.{each}" for name in layers for each in kinds}
     dense = [name for name in shards if name not in claimed]
     return Checkpoint(kind, config, stated, shards, Structure.of(path, shards, shapes), layers, dense)
 
 
-def _args(bits: int, columns: int, groups: int) -> QuantizationArgs:
-    whole = groups == 1
+def _args(bits: int, group: int, *, whole: bool) -> QuantizationArgs:
     return QuantizationArgs(
         num_bits=bits,
         type=QuantizationType.INT,
         symmetric=False,
         dynamic=False,
         strategy=QuantizationStrategy.CHANNEL if whole else QuantizationStrategy.GROUP,
-        group_size=None if whole else columns // groups,
+        group_size=None if whole else group,
     )

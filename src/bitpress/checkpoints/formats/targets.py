@@ -69,8 +69,7 @@ def check_layers(kind: str, layers: Sequence[Layer]) -> None:
     first = layers[0]
     for layer in layers:
         same = layer.args.num_bits == first.args.num_bits
-        alike = layer.group == first.group or (layer.groups == 1 and first.groups == 1)
-        if not (same and alike):
+        if not same or layer.group_size != first.group_size:
             raise layer.refusal(
                 kind,
                 f"{first.name} has {first.args.num_bits} bits and groups of {first.group}, and this format has one "
