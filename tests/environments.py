@@ -34,8 +34,13 @@ def installed(name: str, version: str) -> Path:
     """The folder that holds one version of a package and nothing else; filled the first time."""
     folder = FOLDER / f"{name}-{version}"
     if not (folder / "done").exists():
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-        subprocess.run([*pip, "--upgrade", "--target", str(folder), f"{name}=={version}"], check=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        subprocess.run([*pip, "--no-deps", "--target", str(folder), f"{name}=={version}"], check=True)
+        # Of what they need, only the client of the hub has versions that do not go with all of them.
+        (about,) = folder.glob("*.dist-info/METADATA")
+        needed = re.search(r"^Requires-Dist: (huggingface-hub[^;\n]*)$", about.read_text(), re.MULTILINE)
+        if needed:
+            subprocess.run([*pip, "--target", str(folder), needed[1]], check=True)
         (folder / "done").touch()
     return folder
 

@@ -42,7 +42,7 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
     rows, columns = values.shape
     if not fills_words(bits, columns):
         packed: Tensor = pack_to_int32(values, bits)
-        return packed
+        return packed.contiguous()  # 0.18 and 0.19 give a part of a wider one
     words = torch.empty(rows, columns * bits // 32, dtype=torch.int32, device=values.device)
     step = max(1, CHUNK // max(1, columns))
     own, scratch = (values.new_empty(min(step, rows), columns) for _ in range(2))
