@@ -71,7 +71,7 @@ def compressed(path, build, tokenizer=None, **options):
     [
         {"symmetric": True},
         {"symmetric": True, "bits": 8, "strategy": QuantizationStrategy.CHANNEL},
-        {"symmetric": True, "group_size": 64, "targets": ["re:.*self_attn.[qk]_proj"]},
+        {"symmetric": True, "group_size": 64, "targets": ["re:.*self_attn.o_proj"]},
     ],
     ids=["Q4_0", "Q8_0", "part"],
 )

@@ -198,7 +198,7 @@ def test_mappings_of_experts_are_apart_and_those_of_a_chain_are_not():
     class Counting(AWQModifier):
         def _smooth(self, state, mappings):
             waves.append([{m.smooth_name, *m.balance} for m in mappings])
-            super()._smooth(state, mappings)
+            return super()._smooth(state, mappings)
 
     recipe = [Counting(n_grid=1), quantizing(QuantizationModifier)]
     tiny.compress(architectures.ARCHITECTURES["mixtral"].build(), recipe, data(2))

@@ -110,7 +110,7 @@ class OnDiskSession(Session):
         else:
             self.follow(companions, on_progress, summary)
         self.state.ranks.gather()
-        _say_where(self.model, ends_in or path, loads=ends_in is None)
+        _say_where(self.model, ends_in or path, loads=ends_in in (None, path))
 
     def write_to(
         self, draft: Path, journal: Journal, companions: Companions, on_progress: OnProgress, summary: Summary

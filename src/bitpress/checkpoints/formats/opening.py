@@ -96,7 +96,7 @@ class Checkpoint:
         if self.format == COMPRESSED:
             stored = self._stored(layer, [kind for kind in KINDS if kind not in ("weight", "weight_packed")])
             stored["weight_shape"] = torch.tensor(layer.shape)
-            stored["weight_packed"] = torch.empty(0)
+            stored["weight_packed"] = torch.empty(layer.shape[0], 0, dtype=torch.int32)
             found = PackedWeight.from_tensors(stored, layer.args, self.dtype)
             return found.scale, found.zero_point
         foreign: Any = FOREIGN[self.format]
