@@ -100,18 +100,21 @@ SERVED = {
         lambda: grouped(group(INT8, PER_TOKEN, ATTENTION), group(integers(4, 64), None, MLP, DOWN)), bound=ROUNDED_ANEW
     ),
     "W4A16 MLP, attention as it is": Case(lambda: grouped(group(integers(4, 64), None, MLP, DOWN))),
+    "FP8, inputs per token": Case(lambda: preset("FP8_DYNAMIC"), bound=ROUNDED_ANEW),
+    "FP8 cache": Case(
+        lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(**FP8)),
+        calibrated=True,
+        bound=ROUNDED_ANEW,
+    ),
 }
 # What the CPU backend of vLLM 0.32 has no kernel for, with a part of its own message.
 REFUSED = {
     "W8A16": Case(lambda: grouped(group(INT8)), "uint8b128"),
     "W3A16, groups of 64": Case(lambda: grouped(group(integers(3, 64))), "uint3b4"),
     "W4A8": Case(lambda: grouped(group(integers(4, 64), PER_TOKEN)), "."),
-    "FP8, inputs per token": Case(lambda: preset("FP8_DYNAMIC"), "."),
     "FP8 weights": Case(lambda: grouped(group({**FP8, "strategy": "channel"})), "."),
-    "FP8 in blocks": Case(lambda: preset("FP8_BLOCK"), "."),
     "NVFP4A16": Case(lambda: preset("NVFP4A16"), "."),
     "MXFP4A16": Case(lambda: preset("MXFP4A16"), "."),
-    "FP8 cache": Case(lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(**FP8)), ".", True),
     "int8 cache": Case(
         lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(num_bits=8)), ".", True
     ),
