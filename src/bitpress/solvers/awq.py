@@ -237,11 +237,11 @@ def _errors(
     first = layers[0]
     alike = all(layer.args == first.args and layer.dtype == first.dtype for layer in layers)
     small = sum(map(len, rows)) * gram.shape[0] <= SEARCH_CHUNK
+    parts: list[tuple[BalanceWeight, Tensor, slice | Tensor]]
     parts = [(layer, layer.weight, of_layer) for layer, of_layer in zip(layers, rows, strict=True)]
     if alike and small and first.args.strategy in ROWS_APART and not has_global_scale(first.args):
         # One call of the kernels for all.
-        whole = torch.cat([weight[of_layer] for _, weight, of_layer in parts])
-        parts = [(first, whole, torch.arange(len(whole), device=whole.device))]
+        parts = [(first, torch.cat([weight[of_layer] for _, weight, of_layer in parts]), slice(None))]
     sums = [row_errors(*part, gram, scales, peaks).double().sum(1) for part in parts]
     return torch.stack(sums).sum(0).cpu()
 
