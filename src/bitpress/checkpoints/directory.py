@@ -1,11 +1,13 @@
 """A directory that appears whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bitpress.errors import BitpressError
 
@@ -17,6 +19,24 @@ REPORT_FILE = "report.json"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf", "config.json")
 # Left free on the disk, for what others write meanwhile.
 SPARE_BYTES = 16 << 20
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint's directory.
+
+    Raises:
+        BitpressError: there is none, or it cannot be read.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise BitpressError(f"{path} holds no checkpoint: {CONFIG_FILE} is missing.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BitpressError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BitpressError(f"{file} is no JSON object: copy or download it again.")
+    return config
 
 
 def check_destination(directory: str | os.PathLike[str], *, overwrite: bool, needed: int = 0) -> Path:

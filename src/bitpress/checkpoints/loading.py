@@ -1,6 +1,5 @@
 """Reading a compressed checkpoint back."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitpress.checkpoints.attached import attach
-from bitpress.checkpoints.directory import CONFIG_FILE
+from bitpress.checkpoints.directory import read_config
 from bitpress.checkpoints.keeping import Keep, stand_in
 from bitpress.checkpoints.packed import (
     is_stored_quantized,
@@ -46,7 +45,7 @@ def load(
         BitpressError: a file is missing or cannot be read, or it does not fit the model; the model is left as it was.
     """
     path = Path(directory).expanduser()
-    config = _read_config(path)
+    config = read_config(path)
     if model is None:
         return _load_transformers(path, config, options, keep)
     stored = read_weights(path)
@@ -75,17 +74,6 @@ def _load_transformers(path: Path, config: dict[str, Any], options: dict[str, An
         raise BitpressError(f"transformers cannot load {path}: {error}") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise BitpressError(f"{path} holds no checkpoint: {CONFIG_FILE} is missing.")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise BitpressError(f"{file} is not JSON: {error}") from error
-    return config
-
-
 def _unpack(
     stored: dict[str, Tensor], config: dict[str, Any], model: nn.Module, keep: Keep | None
 ) -> tuple[dict[str, Tensor], dict[str, PackedWeight], dict[str, QuantizationScheme], dict[str, PackedWeight]]:
@@ -98,9 +86,9 @@ def _unpack(
     kept = set() if keep is None else set(keep.which(model, quantized))
     for name, module in quantized.items():
         schemes[name] = scheme_for(name, module, schemes_by_target)
-        packed[name] = take_packed(dense, name, schemes[name], weight_matrix(module).dtype)
-        own = weight_matrix(module).dtype
-        weight = stand_in(packed[name], own) if name in kept else packed[name].unpack().dequantize()
+        dtype = weight_matrix(module).dtype
+        packed[name] = take_packed(dense, name, schemes[name], dtype)
+        weight = stand_in(packed[name], dtype) if name in kept else packed[name].unpack().dequantize()
         if isinstance(module, ExpertLinear):
             write_expert(dense, name, module, weight)
         else:

@@ -1,7 +1,6 @@
 """What is evaluated: a module, or what a path or hub id names, with its tokenizer."""
 
 import inspect
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.checkpoints import load
-from bitpress.checkpoints.directory import CONFIG_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE, read_config
 from bitpress.checkpoints.pretrained import load_named, split_gguf
 from bitpress.errors import BitpressError
 from bitpress.memory import free_memory
+from bitpress.models.devices import device_of
 from bitpress.pipelines.calibrating import calibrating
 from bitpress.session.devices import find_device, parameters_bytes
 
@@ -42,7 +42,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where its inputs go."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What it predicts at each position: (rows, positions, vocabulary).
@@ -179,10 +179,7 @@ def evaluating(*subjects: Subject | None) -> Iterator[None]:
 def _load(given: Any, trust_remote_code: bool) -> nn.Module:
     config = Path(given).expanduser() / CONFIG_FILE if isinstance(given, (str, os.PathLike)) else None
     if config is not None and config.is_file():
-        try:
-            stated = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BitpressError(f"{config} is not JSON: {error}") from error
+        stated = read_config(config.parent)
         if (stated.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
             options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
             return load(config.parent, **options)

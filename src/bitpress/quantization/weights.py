@@ -1,5 +1,6 @@
 """A quantized weight, loose (one point of its grid a byte) and packed (as it is stored)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,23 +140,34 @@ class PackedWeight:
             args: the scheme of the weight.
             dtype: that of the weight, where it cannot be told from the scale.
         """
-        scale = read_scale(stored["weight_scale"], args, dtype)
-        zero_point = stored.get("weight_zero_point")
-        if zero_point is None:
-            zero_point = torch.zeros_like(scale, dtype=torch.int8)
+        rows, columns = (int(n) for n in stored["weight_shape"]) if "weight_shape" in stored else (0, 0)
+        scale, zero_point = read_grid(stored, args, rows, dtype)
         if args.type != QuantizationType.INT:
             packed = stored["weight" if args.num_bits == 8 else "weight_packed"]
             shape = (packed.shape[0], packed.shape[1] * 8 // args.num_bits)
             return cls(packed, shape, scale, zero_point, args, stored.get("weight_global_scale"))
         if "weight" in stored:
             return QuantizedWeight(stored["weight"], scale, zero_point, args).pack()
-        rows, columns = (int(n) for n in stored["weight_shape"])
-        if "weight_zero_point" in stored and args.strategy != QuantizationStrategy.TENSOR:
-            # Not by packed_dim=0: compressed-tensors 0.20 fails at a single row of words with several groups.
-            words = repack(zero_point.T.clone(memory_format=torch.contiguous_format), args.num_bits, rows)
-            zero_point = unpack_from_int32(words, args.num_bits, torch.Size((scale.shape[-1], rows))).T.contiguous()
         packed = repack(stored["weight_packed"], args.num_bits, columns)
         return cls(packed, (rows, columns), scale, zero_point, args)
+
+
+def read_grid(
+    stored: Mapping[str, Tensor], args: QuantizationArgs, rows: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight with so many rows; the other arguments are :meth:`PackedWeight.from_tensors`'s.
+
+    Zero points that are packed are words; a weight that is not packed has them as they are.
+    """
+    scale = read_scale(stored["weight_scale"], args, dtype)
+    zero_point = stored.get("weight_zero_point")
+    if zero_point is None:
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    if zero_point.dtype != torch.int32 or args.strategy == QuantizationStrategy.TENSOR:
+        return scale, zero_point
+    # Not by packed_dim=0: compressed-tensors 0.20 fails at a single row of words with several groups.
+    words = repack(zero_point.T.clone(memory_format=torch.contiguous_format), args.num_bits, rows)
+    return scale, unpack_from_int32(words, args.num_bits, torch.Size((scale.shape[-1], rows))).T.contiguous()
 
 
 def _unpack(packed: Tensor, shape: tuple[int, int], args: QuantizationArgs) -> Tensor:

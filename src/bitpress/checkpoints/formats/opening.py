@@ -1,6 +1,5 @@
 """A compressed checkpoint on the disk, whatever its format: its layers, and the weight of each when asked for."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.checkpoints.directory import CONFIG_FILE
+from bitpress.checkpoints.directory import read_config
 from bitpress.checkpoints.formats import awq, gptq
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.structure import Structure
@@ -26,6 +25,7 @@ from bitpress.quantization import (
     QuantizationType,
     QuantizedWeight,
 )
+from bitpress.quantization.weights import read_grid
 
 COMPRESSED = "compressed-tensors"
 FOREIGN: Mapping[str, ModuleType] = {"awq": awq, "gptq": gptq}
@@ -63,7 +63,7 @@ class Checkpoint:
             BitpressError: there is none, it is not compressed, or holds what is not read; says what.
         """
         path = Path(directory).expanduser()
-        config = _read_config(path)
+        config = read_config(path)
         stated = config.pop("quantization_config", None)
         if not stated:
             raise BitpressError(f"{path} is not compressed: nothing to convert. `bitpress oneshot` compresses it.")
@@ -94,11 +94,8 @@ class Checkpoint:
 
     def _grid(self, layer: Layer) -> tuple[Tensor, Tensor]:
         if self.format == COMPRESSED:
-            stored = self._stored(layer, [kind for kind in KINDS if kind not in ("weight", "weight_packed")])
-            stored["weight_shape"] = torch.tensor(layer.shape)
-            stored["weight_packed"] = torch.empty(layer.shape[0], 0, dtype=torch.int32)
-            found = PackedWeight.from_tensors(stored, layer.args, self.dtype)
-            return found.scale, found.zero_point
+            stored = self._stored(layer, ("weight_scale", "weight_zero_point"))
+            return read_grid(stored, layer.args, layer.shape[0], self.dtype)
         foreign: Any = FOREIGN[self.format]
         said = (self.stated.get("checkpoint_format", gptq.LESS_ONE),) if foreign is gptq else ()
         found_scale, zero_point = foreign.grid(layer, self._stored(layer, foreign.GRID), *said)
@@ -123,19 +120,6 @@ class Checkpoint:
 def _symmetric(layer: Layer) -> Layer:
     args = layer.args.model_copy(update={"symmetric": True})
     return replace(layer, scheme=layer.scheme.model_copy(update={"weights": args}))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise BitpressError(f"{path} holds no checkpoint: {CONFIG_FILE} is missing.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BitpressError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BitpressError(f"{file} is no JSON object: copy or download it again.")
-    return config
 
 
 def _compressed(path: Path, config: dict[str, Any], stated: dict[str, Any], shards: Shards) -> Checkpoint:

@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
-from bitpress.quantization.packing import fills_words, pack_integers
+from bitpress.quantization.packing import fills_words, pack_integers, unpack_integers
 
 
 def to_words(values: Tensor, bits: int) -> Tensor:
@@ -26,6 +26,4 @@ def from_words(words: Tensor, bits: int, count: int) -> Tensor:
     if fills_words(bits, count):
         values: Tensor = unpack_from_int32(words, bits, torch.Size((len(words), count)))
         return values.contiguous()
-    stream = np.unpackbits(words.view(torch.uint8).numpy(), axis=-1, count=count * bits, bitorder="little")
-    codes = np.packbits(stream.reshape(len(words), count, bits), axis=-1, bitorder="little")[..., 0]
-    return (torch.from_numpy(codes).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return unpack_integers(words, bits, count, gaps=False)
