@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = [AWQModifier(), QuantizationModifier(scheme="W4A16_ASYM", ignore=["lm_head"])]
     began = time.perf_counter()
     model = oneshot(
-        str(args.model), ids.tolist(), recipe, output_dir=args.output, stream=args.run == "streamed", overwrite=True,
+        str(args.model), ids.tolist(), recipe, output_dir=args.output, stream=args.run == "streamed",
+        overwrite=True, resume=False,
         max_seq_length=args.length, num_calibration_samples=args.samples, progress=False, device=args.device,
     )  # fmt: skip
     seconds = time.perf_counter() - began
