@@ -68,6 +68,7 @@ class Case:
         refusal: a pattern of the server's error, of a scheme that its CPU backend does not take.
         calibrated: its activations are static.
         bound: how far its log-probabilities may be from those of the model in memory, on average and at most, in nats.
+        format: of the checkpoint.
         options: of the server.
     """
 
@@ -75,6 +76,7 @@ class Case:
     refusal: str | None = None
     calibrated: bool = False
     bound: tuple[float, float] = FLOAT16
+    format: str = "compressed-tensors"
     options: tuple[str, ...] = field(default=())
 
 
@@ -106,6 +108,10 @@ SERVED = {
         calibrated=True,
         bound=ROUNDED_ANEW,
     ),
+    "AWQ's format, asymmetric, groups of 64": Case(
+        lambda: grouped(group(integers(4, 64, symmetric=False))), format="awq"
+    ),
+    "GPTQ's format, groups of 64": Case(lambda: grouped(group(integers(4, 64))), format="gptq"),
 }
 # What the CPU backend of vLLM 0.32 has no kernel for, with a part of its own message.
 REFUSED = {
@@ -118,6 +124,9 @@ REFUSED = {
     "int8 cache": Case(
         lambda: grouped(group(integers(4, 64)), kv_cache_scheme=QuantizationArgs(num_bits=8)), ".", True
     ),
+    "GPTQ's format, asymmetric": Case(
+        lambda: grouped(group(integers(4, 64, symmetric=False))), "Unsupported quantization config", format="gptq"
+    ),
 }
 
 
@@ -126,7 +135,7 @@ def checkpoint(case: Case, folder: Any, dtype: torch.dtype) -> Any:
     model, tokenizer = smollm2().load_smollm2(dtype)
     data = smollm2().calibration_tokens(tokenizer, 4, 128).tolist() if case.calibrated else None
     oneshot(model, data, case.recipe(), tokenizer=tokenizer, progress=False)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, format=case.format)
     return model
 
 
