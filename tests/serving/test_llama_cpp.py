@@ -1,7 +1,7 @@
 """GGUF files in llama.cpp: needs llama-cpp-python.
 
-It multiplies quantized weights with inputs that it rounds to 8 bits, so that what it says as a rule is near what we say, no
-more. Where it has unpacked the same file itself, to floats of 32 bits, it is the same but for the order of adding up.
+As a rule it rounds the inputs of quantized weights to 8 bits, so that what it says is near what we say, no more. Where
+it has unpacked the same file itself, to floats of 32 bits, it says the same but for the order of adding up.
 """
 
 from pathlib import Path
