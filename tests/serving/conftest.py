@@ -23,11 +23,16 @@ def served() -> Iterator[dict[str, Agreement | str]]:
 
 def table(found: dict[str, Agreement | str]) -> str:
     """In Markdown."""
-    lines = ["| scheme | same text | log-probabilities apart: mean | most |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| scheme | same text | log-probabilities apart: mean | most | float16 in memory: mean |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     refused = ["", "| scheme | vLLM's words |", "| --- | --- |"]
     for name, what in found.items():
         if isinstance(what, str):
             refused.append(f"| {name} | {' '.join(what.split()).replace('|', '/')[:300]} |")
         else:
-            lines.append(f"| {name} | {what.same} of {len(PROMPTS)} | {what.mean:.4f} | {what.most:.3f} |")
+            lines.append(
+                f"| {name} | {what.same} of {len(PROMPTS)} | {what.mean:.4f} | {what.most:.3f} | {what.rounding:.4f} |"
+            )
     return "\n".join([*lines, *(refused if len(refused) > 3 else [])])

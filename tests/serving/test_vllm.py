@@ -55,7 +55,8 @@ FP8 = {"num_bits": 8, "type": "float"}
 
 # What vLLM's float16 makes of the model as it is: 0.0037 on average and 0.032 at most, when this was written.
 FLOAT16 = (0.01, 0.15)
-# vLLM divides the greatest value of a token by 127, compressed-tensors by 127.5, so that every input is rounded anew.
+# Inputs that are rounded to 8 bits: what float16 moves by a little falls to another point now and then. How much that is
+# depends on the scheme: three times what it makes of the model in memory.
 ROUNDED_ANEW = (0.25, 2.0)
 
 
@@ -156,7 +157,7 @@ def test_what_is_served_says_what_is_in_memory(name, served, tmp_path):
     model = checkpoint(case, tmp_path / "out", DTYPE)
     with serve(tmp_path / "out", DTYPE, *case.options) as server:
         served[name] = found = compare(model, server)
-    assert found.mean <= case.bound[0]
+    assert found.mean <= min(case.bound[0], max(FLOAT16[0], 3 * found.rounding))
     assert found.most <= case.bound[1]
 
 
