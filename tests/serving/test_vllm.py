@@ -55,8 +55,8 @@ FP8 = {"num_bits": 8, "type": "float"}
 
 # What vLLM's float16 makes of the model as it is: 0.0037 on average and 0.032 at most, when this was written.
 FLOAT16 = (0.01, 0.15)
-# Inputs that are rounded to 8 bits: what float16 moves by a little falls to another point now and then. How much that is
-# depends on the scheme: three times what it makes of the model in memory.
+# Inputs that are rounded to 8 bits: what float16 moves by a little falls to another point now and then. How much that
+# is depends on the scheme: three times what it makes of the model in memory, and no more than this.
 ROUNDED_ANEW = (0.25, 2.0)
 
 
