@@ -186,7 +186,8 @@ def oneshot(  # noqa: PLR0913
             with progress_display(len(streamed.state.blocks), needs, show=shown) as on_progress:
                 between = output.between(path)
                 streamed.write(
-                    between, companions, on_progress, lambda c: replace(c, report=summarize(streamed, streamed.data, name)),
+                    between, companions, on_progress,
+                    lambda known: replace(known, report=summarize(streamed, streamed.data, name)),
                     resume=resume, ends_in=path,
                 )  # fmt: skip
             output.convert(between, path)

@@ -1,8 +1,8 @@
-"""The model card, README.md: what a checkpoint is, how good, and what reads it, as far as the files beside it say so."""
+"""The model card, README.md: what a checkpoint is, how good, and what reads it, as the files beside it say."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,35 +31,34 @@ TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
 }
+GIGABYTE = 1e9
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = ("*.safetensors", "*.gguf")
 # Layers that are listed with their errors.
 SHOWN = 5
 
 
-def write_card(directory: Path, *, by_transformers: bool = True) -> None:
+def write_card(directory: Path) -> None:
     """Write README.md, from the config, recipe and report in ``directory``.
 
     A README.md that is there and not bitpress's own stays; the card is README.bitpress.md then.
-
-    Args:
-        directory: of a checkpoint.
-        by_transformers: False if transformers cannot load this model packed.
     """
     theirs = (directory / CARD_FILE).is_file() and not is_own_card(directory / CARD_FILE)
-    card = make_card(directory, by_transformers=by_transformers)
+    card = make_card(directory)
     (directory / (SECOND_CARD if theirs else CARD_FILE)).write_text(card, encoding="utf-8")
 
 
-def make_card(directory: Path, *, by_transformers: bool = True) -> str:
+def make_card(directory: Path) -> str:
     """The card's text; see :func:`write_card`."""
     config, report = _json(directory / CONFIG_FILE), _json(directory / REPORT_FILE)
-    found = readers(config, gguf=any(directory.glob("*.gguf")), by_transformers=by_transformers)
+    loads = report.get("loads_in_transformers", True)
+    found = readers(config, gguf=any(directory.glob("*.gguf")), by_transformers=loads)
     recipe = directory / RECIPE_FILE
     parts = [
         f"---\n{_front_matter(config, report, found)}\n---\n\n{CARD_MARK}",
         *_introduction(report, found),
         *_use(found),
-        *_figures(report),
+        *_figures(report, directory, packed=found.packed),
         *(_recipe(recipe.read_text(encoding="utf-8")) if recipe.is_file() else ()),
         *_versions(report, page=(directory / PAGE_FILE).is_file()),
     ]
@@ -114,21 +113,22 @@ def _use(found: Readers) -> Iterator[str]:
         yield "Here `.` is the directory with this file; its path, or the hub id, does as well."
     for line, code, language in found.lines:
         yield f"{line}\n\n```{language}\n{code}\n```"
-    for note in found.notes:
-        yield note
+    yield from found.notes
 
 
-def _figures(report: dict[str, Any]) -> Iterator[str]:
+def _figures(report: dict[str, Any], directory: Path, *, packed: bool) -> Iterator[str]:
+    """``packed`` if the quantized weights take the bytes that the report counts."""
     if not report:
         return
-    rows = [
-        ("quantized weights", _size(report["weight_bytes_before"]), _size(report["weight_bytes_after"])),
-        ("the whole model", _size(report["model_bytes_before"]), _size(report["model_bytes_after"])),
-    ]
+    stored = sum(file.stat().st_size for kind in WEIGHTS for file in directory.glob(kind))
+    rows = [("files of weights", _size(report["model_bytes_before"]), _size(stored))]
+    if packed:
+        rows.insert(0, ("quantized weights", _size(report["weight_bytes_before"]), _size(report["weight_bytes_after"])))
     yield "## Figures"
     table = ["| | before | after |", "| --- | --- | --- |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     yield "\n".join(table)
-    yield f"Quantized weights take {report['bits_per_weight']:.3g} bits each, scales and zero points included."
+    if packed:
+        yield f"Quantized weights take {report['bits_per_weight']:.3g} bits each, scales and zero points included."
     yield from _errors(report["layers"])
     yield from _evaluated(report.get("evaluation", {}))
 
@@ -171,7 +171,7 @@ def _versions(report: dict[str, Any], *, page: bool) -> Iterator[str]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    return f"{count / GIGABYTE:.2f} GB" if count >= GIGABYTE else f"{1000 * count / GIGABYTE:.2f} MB"
 
 
 def _plain(text: str) -> str:
@@ -181,8 +181,4 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     """A name as code in a table."""
-    return f"`{_joined(text.split()).replace('`', chr(39)).replace('|', '&#124;')}`"
-
-
-def _joined(words: Iterable[str]) -> str:
-    return " ".join(words)
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '&#124;')}`"

@@ -38,6 +38,7 @@ from bitpress.checkpoints.directory import (
 from bitpress.checkpoints.experts import stored_experts
 from bitpress.checkpoints.formats import COMPRESSED, check_format, convert
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE
+from bitpress.checkpoints.pushing import push
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.checkpoints.stored import Stored, stored_tensors
 from bitpress.errors import BitpressError
@@ -127,6 +128,7 @@ def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
     object.__setattr__(model, "bitpress", companions)
     if _is_transformers(model):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+        model.push_to_hub = MethodType(push, model)  # type: ignore[assignment]
 
 
 def _save_pretrained(
@@ -370,10 +372,12 @@ def write_companions(model: nn.Module, draft: Path) -> None:
     if companions.processor is not None:
         companions.processor.save_pretrained(draft)
     if companions.report:
-        (draft / REPORT_FILE).write_text(json.dumps(companions.report, indent=2) + "\n", encoding="utf-8")
+        loads = _loads_in_transformers(model, companions.report["layers"])
+        report = {**companions.report, "loads_in_transformers": loads}
+        (draft / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if companions.page is not None:
-            (draft / PAGE_FILE).write_text(companions.page(companions.report), encoding="utf-8")
-        write_card(draft, by_transformers=_loads_in_transformers(model, companions.report["layers"]))
+            (draft / PAGE_FILE).write_text(companions.page(report), encoding="utf-8")
+        write_card(draft)
 
 
 def _loads_in_transformers(model: nn.Module, layers: Collection[str]) -> bool:

@@ -24,6 +24,11 @@ class Readers:
     lines: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def packed(self) -> bool:
+        """True if it is stored as bitpress packs it."""
+        return self.format == COMPRESSED
+
 
 def readers(config: dict[str, Any], *, gguf: bool = False, by_transformers: bool = True) -> Readers:
     """Who reads the checkpoint with this config.json.

@@ -16,7 +16,7 @@ ROWS = 16
 
 
 def spread(weight: QuantizedWeight | PackedWeight) -> dict[str, Any]:
-    """``{"weights": ..., "scales": ...}``, each ``{"low": ..., "high": ..., "counts": [...]}`` with bins of equal width.
+    """``{"weights": ..., "scales": ...}``, each ``{"low": ..., "high": ..., "counts": [...]}``, in equal bins.
 
     Weights are the values that ship, scales the base-2 logarithms of their magnitudes, both of sixteen rows.
     """

@@ -51,7 +51,12 @@ def phases(report: Report) -> list[Markup]:
     if not seconds:
         return []
     rows = [
-        (phase, duration(spent), size(resident[phase]) if resident.get(phase) else "–", tag("span", PHASES.get(phase, "")))
+        (
+            phase,
+            duration(spent),
+            size(resident[phase]) if resident.get(phase) else "–",
+            tag("span", PHASES.get(phase, "")),
+        )
         for phase, spent in seconds.items()
     ]
     head = ("phase", "time", "memory", "what it does")

@@ -1,6 +1,5 @@
 """The report's plots of errors: across the network, by layer, and what the inputs are like."""
 
-import re
 from typing import Any
 
 from bitpress.report import plots
@@ -46,8 +45,8 @@ def network(report: Report) -> list[Markup]:
     return [
         tag(
             "p",
-            "The squared error of a block's output at one position, relative to the output's own square, in the mean over "
-            "the positions of the first calibration batch; beside it goes the original model.",
+            "The squared error of a block's output at one position, relative to the output's own square, in the mean "
+            "over the positions of the first calibration batch; beside it goes the original model.",
         ),
         tag("div", *drawn, class_="plots"),
         folded("The figures of each block", table("Errors of blocks", ("block", "accumulated", "its own"), rows, 2)),
@@ -64,7 +63,9 @@ def by_layer(report: Report) -> list[Markup]:
     places = _places(report)
     if places is not None:
         parts.append(plots.heat("Error by block and layer", *places, percent))
-    estimate = "It is estimated from every fourth row of the weight" if what.startswith("output") else "It is an estimate"
+    estimate = (
+        "It is estimated from every fourth row of the weight" if what.startswith("output") else "It is an estimate"
+    )
     return [
         tag("p", f"The squared error of a layer's {what}, relative to its square. {estimate}."),
         tag("div", *parts, class_="plots"),
@@ -94,17 +95,16 @@ def outliers(report: Report) -> list[Markup]:
     for name, ratio in ratios.items():
         if ratio is not None:
             channels = report["layers"][name]["input"]
-            # Layers that share their input share its figures.
-            block = re.sub(r"\.[^.]*$", "", name)
-            found.setdefault((channels["largest"], channels["median"]), (f"{block}: {name.rpartition('.')[2]}", ratio))
+            # Layers that share their input share its figures: the first is shown.
+            found.setdefault((channels["largest"], channels["median"]), (name, ratio))
     if not found:
         return []
     largest = sorted(found.values(), key=lambda pair: -pair[1])[:SHOWN]
     return [
         tag(
             "p",
-            "Of each layer's input, before any smoothing, the root mean square of the largest channel against that of the "
-            "median one. What is hard to quantize has few channels that are far larger than the rest.",
+            "Of each layer's input, before any smoothing, the root mean square of the largest channel against that of "
+            "the median one. What is hard to quantize has few channels that are far larger than the rest.",
         ),
         plots.bars("Largest channel, in median channels", largest, lambda value: f"{value:.3g} ×"),
     ]
@@ -114,9 +114,12 @@ def spreads(report: Report) -> list[Markup]:
     """Histograms of the worst layers."""
     drawn = []
     for name, kinds in report.get("histograms", {}).items():
-        for kind, axis in (("weights", "weights, as they ship"), ("scales", "scales, as powers of 2")):
+        for kind, axis in (("weights", "weights"), ("scales", "scales, log₂")):
             spread = kinds[kind]
             drawn.append(plots.histogram(name, spread["low"], spread["high"], spread["counts"], axis))
     if not drawn:
         return []
-    return [tag("p", "Of sixteen rows of each layer."), tag("div", joined(drawn), class_="plots")]
+    return [
+        tag("p", "The values that ship, and their scales as powers of 2; of sixteen rows of each layer."),
+        tag("div", joined(drawn), class_="plots small"),
+    ]

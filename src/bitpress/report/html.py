@@ -36,9 +36,7 @@ def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Mar
 
 def joined(children: Iterable[Child], between: str = "") -> Markup:
     """Markup and escaped text, one after the other."""
-    return Markup(
-        between.join(c if isinstance(c, Markup) else html.escape(str(c)) for c in children if c is not None)
-    )
+    return Markup(between.join(c if isinstance(c, Markup) else html.escape(str(c)) for c in children if c is not None))
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Child]], numbers: int = 0) -> Markup:

@@ -42,7 +42,9 @@ def page(report: Report) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        Markup('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'),
+        Markup(
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        ),
         tag("title", title),
         tag("style", Markup(files("bitpress.report").joinpath("page.css").read_text(encoding="utf-8"))),
     )
@@ -83,6 +85,8 @@ def _figures(report: Report) -> Markup:
     if text:
         found.append(("perplexity", f"{text['perplexity']:.4g}", f"over {text['tokens']:,} tokens"))
     found.append(("time", duration(sum(report["seconds"].values())), report["pipeline"]))
-    cards = [tag("div", tag("dt", name), tag("dd", value, tag("small", more) if more else None)) for name, value, more in found]
+    cards = [
+        tag("div", tag("dt", name), tag("dd", value, tag("small", more) if more else None))
+        for name, value, more in found
+    ]
     return tag("dl", *cards, class_="figures")
-

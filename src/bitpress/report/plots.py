@@ -18,11 +18,11 @@ SHADES = 6
 Formatted = Callable[[float], str]
 
 
-def figure(title: str, description: str, height: float, *shapes: Markup) -> Markup:
+def figure(title: str, description: str, height: float, *shapes: Markup, width: int = WIDTH) -> Markup:
     """A plot with its caption; ``description`` is what is read out in its place."""
     drawing = tag(
         "svg", tag("title", description), *shapes,
-        viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=description,
+        viewBox=f"0 0 {width} {height:g}", role="img", aria_label=description,
     )  # fmt: skip
     return tag("figure", tag("figcaption", title), drawing)
 
@@ -102,7 +102,8 @@ def heat(
     for each in range(SHADES):
         x = LABELS + each * 40
         shapes.append(tag("rect", x=x, y=bottom + 24, width=39, height=10, class_=f"cell shade{each}"))
-        shapes.append(_text(x, bottom + 46, form(math.exp(low + (high - low) * each / SHADES))))
+        if each % 2 == 0:
+            shapes.append(_text(x, bottom + 46, f"from {form(math.exp(low + (high - low) * each / SHADES))}"))
     most = max(cells, key=lambda place: cells[place], default=None)
     said = f"The greatest is {rows[most[0]]} of {columns[most[1]]}: {form(cells[most])}" if most else ""
     return figure(title, f"{title}. {said}.", bottom + 52, *shapes)
@@ -110,22 +111,23 @@ def heat(
 
 def histogram(title: str, low: float, high: float, counts: Sequence[int], axis: str) -> Markup:
     """Bars of equal width from ``low`` to ``high``."""
-    height, bottom = 110, 92
-    width, greatest = (WIDTH - 2 * RIGHT) / max(1, len(counts)), max([*counts, 1])
-    shapes = [tag("line", x1=RIGHT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom, class_="axis")]
+    height, bottom, whole = 100, 84, 200
+    width, greatest = (whole - 2 * RIGHT) / max(1, len(counts)), max([*counts, 1])
+    shapes = [tag("line", x1=RIGHT, x2=whole - RIGHT, y1=bottom, y2=bottom, class_="axis")]
     for i, count in enumerate(counts):
         tall = (bottom - 4) * count / greatest
         at = low + (high - low) * (i + 0.5) / len(counts)
         told = tag("title", f"about {at:.3g}: {count}")
         shapes.append(
-            tag("rect", told, x=RIGHT + i * width, y=bottom - tall, width=max(0.5, width - 1), height=tall, class_="bar")
+            tag(
+                "rect", told, x=RIGHT + i * width, y=bottom - tall, width=max(0.5, width - 1), height=tall, class_="bar"
+            )
         )
-    for x, value, anchor in ((RIGHT, low, "start"), (WIDTH - RIGHT, high, "end")):
+    for x, value, anchor in ((RIGHT, low, "start"), (whole - RIGHT, high, "end")):
         shapes.append(_text(x, height - 3, f"{value:.3g}", anchor=anchor))
-    shapes.append(_text(WIDTH / 2, height - 3, axis, anchor="middle"))
     peak = low + (high - low) * (counts.index(greatest) + 0.5) / len(counts) if greatest in counts else low
     said = f"From {low:.3g} to {high:.3g}, most about {peak:.3g}"
-    return figure(title, f"{title}: {axis}. {said}.", height, *shapes)
+    return figure(f"{title}: {axis}", f"{title}: {axis}. {said}.", height, *shapes, width=whole)
 
 
 def ticks(greatest: float, count: int = 4) -> list[float]:

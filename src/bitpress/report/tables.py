@@ -29,8 +29,8 @@ def mappings(report: Report) -> list[Markup]:
     parts = [
         tag(
             "p",
-            f"{len(found)} mappings were applied. The proof is the greatest relative change of the block's output under "
-            f"random scales, which must be no more than rounding: {worst:.1e} at most.",
+            f"{len(found)} mappings were applied. The proof is the greatest relative change of the block's output "
+            f"under random scales, which must be no more than rounding: {worst:.1e} at most.",
         )
     ]
     if rows:
@@ -67,7 +67,9 @@ def all_layers(report: Report) -> list[Markup]:
     parts: list[Markup] = [folded(f"The {len(rows)} layers", table("All layers", head, rows, 5))]
     states = [(name, json.dumps(each)) for name, each in report.get("attentions", {}).items()]
     if states:
-        parts.append(folded("Attentions whose states are quantized", table("Attentions", ("attention", "grid"), states)))
+        parts.append(
+            folded("Attentions whose states are quantized", table("Attentions", ("attention", "grid"), states))
+        )
     few = [(name, f"{count:,}") for name, count in report.get("experts_with_few_tokens", {}).items()]
     if few:
         parts.append(folded(f"{len(few)} layers of experts that saw few tokens, and were solved with those of all",
@@ -77,12 +79,14 @@ def all_layers(report: Report) -> list[Markup]:
 
 def allocations(report: Report) -> list[Markup]:
     """What modifiers that choose schemes have chosen; what distillation brought."""
-    parts = [
+    return [
         folded(title, tag("pre", json.dumps(found, indent=2)))
-        for title, found in (("Chosen schemes", report.get("allocations")), ("Distillation", report.get("distillation")))
+        for title, found in (
+            ("Chosen schemes", report.get("allocations")),
+            ("Distillation", report.get("distillation")),
+        )
         if found
     ]
-    return parts
 
 
 def evaluation(report: Report) -> list[Markup]:
@@ -100,14 +104,14 @@ def evaluation(report: Report) -> list[Markup]:
     if rows:
         tokens = f"Over {text['tokens']:,} tokens" if text else "Evaluation"
         parts.append(table(tokens, ("", "original", "compressed"), rows, 2))
-    for each in report.get("outputs", []):
+    for each in found.get("continuations", []):
         parts += _continuations(each)
     return parts
 
 
-def _continuations(each: Mapping[str, str]) -> list[Markup]:
+def _continuations(each: Mapping[str, Any]) -> list[Markup]:
     """A prompt with what was said before and after; from where they differ the latter is marked."""
-    before, after = each.get("before"), each["after"]
+    before, after = each.get("original"), each["model"]
     same = 0
     while before is not None and same < min(len(before), len(after)) and before[same] == after[same]:
         same += 1

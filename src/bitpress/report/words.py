@@ -3,10 +3,13 @@
 import re
 from typing import Any
 
+# From here on no percentage is read.
+MANY_TIMES = 1e4
+
 
 def percent(share: float) -> str:
     """Three digits of a share, as percent: "0.423 %"."""
-    return f"{100 * share:.3g} %" if share < 1e4 else f"{share:.1e} ×"
+    return f"{100 * share:.3g} %" if share < MANY_TIMES else f"{share:.1e} ×"
 
 
 def size(count: float) -> str:
