@@ -92,7 +92,7 @@ def _introduction(report: dict[str, Any], found: Readers) -> Iterator[str]:
     name = model.get("name") or model.get("class") or "Model"
     yield f"# {_plain(name)}, compressed"
     stored = f" Stored as {found.format}." if found.format else " Stored dense, with the values of the grids."
-    kinds = sorted({_grid(layer) for layer in report.get("layers", {}).values()})
+    kinds = sorted({_grid(layer) for layer in report.get("layers", {}).values() if "type" in layer})
     yield (
         f"{_plain(name)} with {report.get('quantized_layers', 0)} layers quantized by bitpress"
         f"{': ' + '; '.join(kinds) if kinds else ''}.{stored}"
@@ -118,8 +118,8 @@ def _use(found: Readers) -> Iterator[str]:
 
 def _figures(report: dict[str, Any], directory: Path, *, packed: bool) -> Iterator[str]:
     """``packed`` if the quantized weights take the bytes that the report counts."""
-    if not report:
-        return
+    if "bits_per_weight" not in report:
+        return  # none, or one of an older bitpress
     stored = sum(file.stat().st_size for kind in WEIGHTS for file in directory.glob(kind))
     rows = [("files of weights", _size(report["model_bytes_before"]), _size(stored))]
     if packed:

@@ -34,8 +34,8 @@ def won(report: dict[str, Any]) -> list[Markup]:
     return [
         tag(
             "p",
-            "The squared error of a layer's output, relative to its square: if it were rounded to nearest at once, "
-            "once each modifier has been at it, and as it is stored. All from the same few rows of the weight, 32 to 128.",
+            "The squared error of a layer's output, relative to its square: if it were rounded to nearest at "
+            "once, after each modifier, and as it is stored. All from the same few rows of the weight, 32 to 128.",
         ),
         tag(
             "div",
