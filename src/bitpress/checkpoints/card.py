@@ -20,6 +20,7 @@ from bitpress.checkpoints.directory import (
     is_own_card,
 )
 from bitpress.checkpoints.served import Readers, readers
+from bitpress.checkpoints.unknown import Unknown
 
 # The hub's task of what a transformers class does, by how its name ends; others do several.
 TASKS = {
@@ -51,8 +52,12 @@ def write_card(directory: Path) -> None:
 def make_card(directory: Path) -> str:
     """The card's text; see :func:`write_card`."""
     config, report = _json(directory / CONFIG_FILE), _json(directory / REPORT_FILE)
-    loads = report.get("loads_in_transformers", True)
-    found = readers(config, gguf=any(directory.glob("*.gguf")), by_transformers=loads)
+    found = readers(
+        config,
+        gguf=any(directory.glob("*.gguf")),
+        known=report.get("model", {}).get("class") != Unknown.__name__,
+        by_transformers=report.get("loads_in_transformers", True),
+    )
     recipe = directory / RECIPE_FILE
     parts = [
         f"---\n{_front_matter(config, report, found)}\n---\n\n{CARD_MARK}",

@@ -41,6 +41,7 @@ from bitpress.checkpoints.layout import MAX_SHARD_SIZE
 from bitpress.checkpoints.pushing import push
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.checkpoints.stored import Stored, stored_tensors
+from bitpress.checkpoints.unknown import Unknown
 from bitpress.errors import BitpressError
 from bitpress.models.experts import ExpertLinear, find_layer
 from bitpress.quantization import PackedWeight, QuantizationType, stored_format
@@ -382,7 +383,11 @@ def write_companions(model: nn.Module, draft: Path) -> None:
 
 def _loads_in_transformers(model: nn.Module, layers: Collection[str]) -> bool:
     """False for what :func:`warn_of_readers` and docs/schemes.md except."""
-    if not _is_transformers(model) or any(isinstance(find_layer(model, n), ExpertLinear) for n in layers):
+    if (
+        not _is_transformers(model)
+        or isinstance(model, Unknown)
+        or any(isinstance(find_layer(model, n), ExpertLinear) for n in layers)
+    ):
         return False
     return initializer_needs_weights(model, layers) is None
 

@@ -30,12 +30,13 @@ class Readers:
         return self.format == COMPRESSED
 
 
-def readers(config: dict[str, Any], *, gguf: bool = False, by_transformers: bool = True) -> Readers:
+def readers(config: dict[str, Any], *, gguf: bool = False, known: bool = True, by_transformers: bool = True) -> Readers:
     """Who reads the checkpoint with this config.json.
 
     Args:
         config: its config.json; empty where there is none.
         gguf: True for a GGUF file.
+        known: False if transformers does not know the architecture.
         by_transformers: False if transformers cannot load the model packed.
     """
     if gguf:
@@ -53,9 +54,11 @@ def readers(config: dict[str, Any], *, gguf: bool = False, by_transformers: bool
     lines = []
     if architecture.endswith(GENERATES) and all(map(vllm_knows, schemes)):
         lines.append(_vllm())
-    floats = any(_is_small_float(scheme.get("weights")) for scheme in schemes)
+    floats = any(_is_scaled_apart(scheme.get("weights")) for scheme in schemes)
     if by_transformers:
         lines.append(_transformers(architecture, "compressed-tensors", "torch.bfloat16" if floats else '"auto"'))
+    if not known:
+        return Readers(COMPRESSED, None, tuple(lines), ("transformers does not know this architecture.",))
     lines.append(("Packed, with no server:", 'import bitpress\n\nmodel = bitpress.load(".")', "python"))
     notes = () if by_transformers else ("transformers does not load this model packed.",)
     return Readers(COMPRESSED, "transformers", tuple(lines), notes)
@@ -83,15 +86,20 @@ def vllm_knows(scheme: dict[str, Any]) -> bool:
     weights, inputs = scheme.get("weights"), scheme.get("input_activations")
     if weights is None:
         return False  # of attention
+    bits, strategy = weights["num_bits"], weights["strategy"]
     if weights["type"] == "float":
-        return weights["num_bits"] == 8 or _is_small_float(weights)
-    in_rows = weights["strategy"] in ("group", "channel")
+        return bits == 4 or (bits == 8 and (strategy in ("tensor", "channel", "block") or _is_scaled_apart(weights)))
     if inputs is None:
-        return in_rows
-    ints = inputs["type"] == "int" and inputs["num_bits"] == 8
-    return ints and (weights["num_bits"] == 8 or (weights["num_bits"] == 4 and bool(inputs.get("dynamic")) and in_rows))
+        return strategy in ("group", "channel") and scheme.get("format") in (None, "pack-quantized")
+    if inputs["type"] != "int" or inputs["num_bits"] != 8:
+        return False
+    if bits == 8:
+        return strategy in ("tensor", "channel") and bool(weights["symmetric"])
+    return bits == 4 and strategy in ("group", "channel") and bool(inputs.get("dynamic"))
 
 
-def _is_small_float(weights: dict[str, Any] | None) -> bool:
-    """NVFP4 and microscaling floats of 4 bits, which transformers reads as bfloat16."""
-    return weights is not None and weights["type"] == "float" and weights["num_bits"] == 4
+def _is_scaled_apart(weights: dict[str, Any] | None) -> bool:
+    """NVFP4 and microscaling floats, whose scales have a dtype of their own: transformers reads them as bfloat16."""
+    return (
+        weights is not None and weights["type"] == "float" and (weights["num_bits"] < 8 or weights["group_size"] == 32)
+    )
