@@ -116,7 +116,7 @@ def oneshot(  # noqa: PLR0913
         device: where a model that is given by its name is computed, "cuda:1" for instance; by default a CUDA device if
             there is one (each process of torchrun its own), or the CPU. Of a streamed model one block at a time is
             there. A module is computed where it is.
-        output_dir: save there, with the recipe and the tokenizer.
+        output_dir: save there, with the recipe, the tokenizer, the report and a model card.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         format: of ``output_dir``: "compressed-tensors", "awq", "gptq" or "gguf"; see :func:`bitpress.convert`. A
             streamed run writes compressed-tensors beside it first.
