@@ -86,7 +86,8 @@ def vllm_knows(scheme: dict[str, Any]) -> bool:
     weights, inputs = scheme.get("weights"), scheme.get("input_activations")
     if weights is None:
         return False  # of attention
-    bits, strategy = weights["num_bits"], weights["strategy"]
+    bits: int = weights["num_bits"]
+    strategy: str = weights["strategy"]
     if weights["type"] == "float":
         return bits == 4 or (bits == 8 and (strategy in ("tensor", "channel", "block") or _is_scaled_apart(weights)))
     if inputs is None:
@@ -100,6 +101,6 @@ def vllm_knows(scheme: dict[str, Any]) -> bool:
 
 def _is_scaled_apart(weights: dict[str, Any] | None) -> bool:
     """NVFP4 and microscaling floats, whose scales have a dtype of their own: transformers reads them as bfloat16."""
-    return (
-        weights is not None and weights["type"] == "float" and (weights["num_bits"] < 8 or weights["group_size"] == 32)
-    )
+    if weights is None or weights["type"] != "float":
+        return False
+    return bool(weights["num_bits"] < 8 or weights["group_size"] == 32)

@@ -53,4 +53,5 @@ def error_of(figures: dict[str, Any]) -> float | None:
 def outlier_of(figures: dict[str, Any]) -> float | None:
     """How many times the median channel of a layer's input the largest one is."""
     found = figures.get("input")
-    return found["largest"] / found["median"] if found and found["median"] > 0 else None
+    ratio: float | None = found["largest"] / found["median"] if found and found["median"] > 0 else None
+    return ratio
