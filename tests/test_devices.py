@@ -12,7 +12,7 @@ import simulated
 import torch
 from architectures import ARCHITECTURES
 from compressing import sentences, tokenizer
-from test_streaming import files, report, stored
+from test_streaming import TIMED, files, report, stored
 from tiny import MLP, llama
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -114,7 +114,7 @@ def oneshot(source, recipe, samples, path, device, **options):
 
 
 def assert_same(one, other):
-    assert files(one, "report.json") == files(other, "report.json")
+    assert files(one, *TIMED) == files(other, *TIMED)
     assert report(one)["layers"] == report(other)["layers"]
 
 

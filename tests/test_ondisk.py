@@ -49,7 +49,7 @@ def contents(folder):
     return {
         p.name: p.read_bytes()
         for p in Path(folder).iterdir()
-        if p.name != "report.json" and not p.name.startswith("tokenizer")
+        if p.name not in ("report.json", "report.html") and not p.name.startswith("tokenizer")
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from bitpress.errors import BitpressError
 from bitpress.evaluation import Evaluation
 from bitpress.evaluation.agreement import agreement
 from bitpress.evaluation.choices import Accuracy, answer, encode_pair
+from bitpress.evaluation.continuations import check_prompts, continue_prompts
 from bitpress.evaluation.harness import check_installed, run_tasks
 from bitpress.evaluation.outputs import compare_outputs, read_batches
 from bitpress.evaluation.perplexity import perplexity
@@ -21,6 +23,7 @@ from bitpress.evaluation.text import Reading, Text, open_data, read_text
 from bitpress.evaluation.tokens import score_tokens, worst_tokens
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.data.sources import ReadyBatches, SampleRows
+from bitpress.report.adding import add_evaluation, find_report
 
 
 def evaluate(  # noqa: PLR0913
@@ -30,6 +33,8 @@ def evaluate(  # noqa: PLR0913
     original: nn.Module | str | os.PathLike[str] | None = None,
     choices: Any = None,
     tasks: Sequence[str | dict[str, Any]] | None = None,
+    prompts: Sequence[str] | None = None,
+    report: bool = False,
     tokenizer: Any = None,
     max_seq_length: int | None = None,
     stride: int | None = None,
@@ -57,6 +62,8 @@ def evaluate(  # noqa: PLR0913
         choices: multiple-choice questions: a .jsonl file, a hub name or a list, each with ``question``, ``choices`` and
             ``answer`` (its place from 0 on, its letter, or its text).
         tasks: of lm-eval: names, YAML files or configurations. Needs ``pip install bitpress[eval]``.
+        prompts: texts that the model, and the original, go on from by 48 tokens, always the likeliest.
+        report: add what is found to the report.json, report.html and model card of ``model``, a directory.
         tokenizer: for text, or its path; by default the one beside the model, or beside the original.
         max_seq_length: tokens of a window at most; by default what the model can read, up to 2048.
         stride: tokens from the start of a window to the next one's; by default a window's length, so that windows are
@@ -78,8 +85,9 @@ def evaluate(  # noqa: PLR0913
     Raises:
         BitpressError: what is wrong, where, and the way out; mostly before anything is computed.
     """
-    if dataset is None and choices is None and not tasks:
-        raise BitpressError("evaluate needs something to evaluate on: dataset=, choices= or tasks=.")
+    if all(not each for each in (dataset is not None, choices is not None, tasks, prompts)):
+        raise BitpressError("evaluate needs something to evaluate on: dataset=, choices= or tasks=, or prompts=.")
+    beside = find_report(model) if report else None
     reading = Reading(max_seq_length, stride, num_samples, batch_size, text_column, splits, concatenate_data, bos)
     if tasks:
         check_installed()
@@ -92,15 +100,25 @@ def evaluate(  # noqa: PLR0913
     with evaluating(subject, other):
         if questions is not None:
             _check_questions(subject, questions)
+        check_prompts(subject, prompts or ())
         if dataset is not None:
             found |= _on_data(dataset, subject, other, reading, worst, progress)
         if questions is not None:
             found["choices"] = _on_questions(subject, other, questions, batch_size, progress)
+        if prompts:
+            found["continuations"] = continue_prompts(subject, other, prompts)
         if tasks:
             options: dict[str, Any] = {"batch_size": batch_size, "num_samples": num_samples}
             found["tasks"] = run_tasks(subject, tasks, **options)
             found["original_tasks"] = None if other is None else run_tasks(other, tasks, **options)
-    return Evaluation(**found)
+    evaluation = Evaluation(**found)
+    _add(evaluation, beside)
+    return evaluation
+
+
+def _add(evaluation: Evaluation, report: Path | None) -> None:
+    if report is not None:
+        add_evaluation(report, evaluation.to_dict())
 
 
 def _open(model: Any, original: Any, tokenizer: Any, opening: dict[str, Any]) -> tuple[Subject, Subject | None]:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.ranks import among_ranks, current
+from bitpress.report.page import page
 from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
@@ -115,7 +116,7 @@ def oneshot(  # noqa: PLR0913
         device: where a model that is given by its name is computed, "cuda:1" for instance; by default a CUDA device if
             there is one (each process of torchrun its own), or the CPU. Of a streamed model one block at a time is
             there. A module is computed where it is.
-        output_dir: save there, with the recipe and the tokenizer.
+        output_dir: save there, with the recipe, the tokenizer, the report and a model card.
         save_compressed: packed weights in ``output_dir``; False writes dense ones.
         format: of ``output_dir``: "compressed-tensors", "awq", "gptq" or "gguf"; see :func:`bitpress.convert`. A
             streamed run writes compressed-tensors beside it first.
@@ -140,7 +141,7 @@ def oneshot(  # noqa: PLR0913
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
     if isinstance(model, nn.Module) and device is not None:
         raise BitpressError("device= is for a model that is given by its path: move the module itself there.")
-    place = find_device(device)
+    place, name = find_device(device), _name_of(model)
     steps = Recipe.of(recipe, recipe_args)
     output = _Destination(output_dir, save_compressed, format, overwrite, max_shard_size)
     output.check()
@@ -180,12 +181,13 @@ def oneshot(  # noqa: PLR0913
             model, steps, output, {**options, "device": place}, read_data, trust_remote_code_model, must=stream is True
         )
         if streamed is not None:
-            path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer)
+            path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer, page=page)
             needs = streamed.needs.lines()
             with progress_display(len(streamed.state.blocks), needs, show=shown) as on_progress:
                 between = output.between(path)
                 streamed.write(
-                    between, companions, on_progress, lambda: summarize(streamed, streamed.data),
+                    between, companions, on_progress,
+                    lambda known: replace(known, report=summarize(streamed, streamed.data, name)),
                     resume=resume, ends_in=path,
                 )  # fmt: skip
             output.convert(between, path)
@@ -199,8 +201,8 @@ def oneshot(  # noqa: PLR0913
     with progress_display(len(session.state.blocks), session.needs.lines(), show=shown) as on_progress:
         session.run(on_progress)
     session.finalize()
-    report = summarize(session, session.data)
-    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report))
+    report = summarize(session, session.data, name)
+    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report, page))
     output.write(model)
     return model
 
@@ -337,6 +339,11 @@ def _find_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> 
     except Exception as error:  # whatever a tokenizer's own code lacks: the data may need none
         logger.info("%s", error)
         return None
+
+
+def _name_of(model: Any) -> str:
+    """What the report calls the model."""
+    return os.fspath(model) if _is_name(model) else str(getattr(getattr(model, "config", None), "name_or_path", ""))
 
 
 def _is_name(given: Any) -> bool:

@@ -118,7 +118,8 @@ def test_off_is_one_forward_and_the_second_does_not_disturb_the_first():
     off, still_once = compressed(GPTQModifier(**fields, error_correction=0.0))
     asked, twice = compressed(Asking(**fields))
     assert once == still_once
-    assert twice == once + len(tiny.token_data().batches)
+    # The report's witness, one batch, goes through the original model in any case.
+    assert twice == once + len(tiny.token_data().batches) - 1
     tiny.assert_unchanged(off, tiny.snapshot(plain))
     tiny.assert_unchanged(asked, tiny.snapshot(plain))
 

@@ -1,6 +1,7 @@
 """A directory that appears whole or not at all."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,13 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+CARD_FILE = "README.md"
+# Where the card goes if there is a README.md that is somebody else's, and by what ours is known.
+SECOND_CARD = "README.bitpress.md"
+CARD_MARK = "<!-- bitpress writes this file anew with the model. To keep changes of yours, remove this line. -->"
+logger = logging.getLogger(__name__)
+
 # Files by which a directory is known to hold a model.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf", "config.json")
 # Left free on the disk, for what others write meanwhile.
@@ -110,7 +118,21 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def is_own_card(file: Path) -> bool:
+    """True for a README.md that bitpress has written, and nobody has claimed."""
+    return CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+
+
+def _spare_card(path: Path, draft: Path) -> None:
+    """Leave a README.md of the user's where it is: the card goes beside it."""
+    theirs, ours = path / CARD_FILE, draft / CARD_FILE
+    if theirs.is_file() and ours.is_file() and is_own_card(ours) and not is_own_card(theirs):
+        ours.replace(draft / SECOND_CARD)
+        logger.warning("%s stays as it is: the model card is %s, beside it.", theirs, SECOND_CARD)
+
+
 def _replace(path: Path, draft: Path) -> None:
+    _spare_card(path, draft)
     replaced = {p for pattern in MODEL_FILES for p in path.glob(pattern)}
     for other in path.iterdir():
         if other not in replaced and not (draft / other.name).exists():

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +24,11 @@ from bitpress.checkpoints.attached import (
     packed_weight,
     scheme_of,
 )
+from bitpress.checkpoints.card import write_card
 from bitpress.checkpoints.config import quantization_config
 from bitpress.checkpoints.directory import (
     CONFIG_FILE,
+    PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     WEIGHTS_FILE,
@@ -36,10 +38,12 @@ from bitpress.checkpoints.directory import (
 from bitpress.checkpoints.experts import stored_experts
 from bitpress.checkpoints.formats import COMPRESSED, check_format, convert
 from bitpress.checkpoints.layout import MAX_SHARD_SIZE
+from bitpress.checkpoints.pushing import push
 from bitpress.checkpoints.readers import initializer_needs_weights, is_read_by_its_parent
 from bitpress.checkpoints.stored import Stored, stored_tensors
+from bitpress.checkpoints.unknown import Unknown
 from bitpress.errors import BitpressError
-from bitpress.models.experts import find_layer
+from bitpress.models.experts import ExpertLinear, find_layer
 from bitpress.quantization import PackedWeight, QuantizationType, stored_format
 from bitpress.quantization.grid import block_shape
 from bitpress.quantization.packing import LEAVES_GAPS, SHIFTS
@@ -57,11 +61,13 @@ class Companions:
         recipe: the recipe as YAML.
         processor: the tokenizer or processor, if known.
         report: what happened, as JSON can hold it.
+        page: what makes the HTML page of the report.
     """
 
     recipe: str | None = None
     processor: Any = None
     report: dict[str, Any] | None = None
+    page: Callable[[dict[str, Any]], str] | None = None
 
 
 def save(
@@ -123,6 +129,7 @@ def bind_save_pretrained(model: nn.Module, companions: Companions) -> None:
     object.__setattr__(model, "bitpress", companions)
     if _is_transformers(model):
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+        model.push_to_hub = MethodType(push, model)  # type: ignore[assignment]
 
 
 def _save_pretrained(
@@ -357,16 +364,32 @@ def _replace_weights(
 
 
 def write_companions(model: nn.Module, draft: Path) -> None:
-    """Write what belongs beside the weights to ``draft``."""
+    """Write what belongs beside the weights, and the config, that are in ``draft``."""
     companions: Companions | None = getattr(model, "bitpress", None)
     if companions is None:
         return
     if companions.recipe:
-        (draft / RECIPE_FILE).write_text(companions.recipe)
-    if companions.report:
-        (draft / REPORT_FILE).write_text(json.dumps(companions.report, indent=2) + "\n")
+        (draft / RECIPE_FILE).write_text(companions.recipe, encoding="utf-8")
     if companions.processor is not None:
         companions.processor.save_pretrained(draft)
+    if companions.report:
+        loads = _loads_in_transformers(model, companions.report["layers"])
+        report = {**companions.report, "loads_in_transformers": loads}
+        (draft / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if companions.page is not None:
+            (draft / PAGE_FILE).write_text(companions.page(report), encoding="utf-8")
+        write_card(draft)
+
+
+def _loads_in_transformers(model: nn.Module, layers: Collection[str]) -> bool:
+    """False for what :func:`warn_of_readers` and docs/schemes.md except."""
+    if (
+        not _is_transformers(model)
+        or isinstance(model, Unknown)
+        or any(isinstance(find_layer(model, n), ExpertLinear) for n in layers)
+    ):
+        return False
+    return initializer_needs_weights(model, layers) is None
 
 
 @functools.cache

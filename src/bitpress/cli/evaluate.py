@@ -19,6 +19,10 @@ def evaluate(  # noqa: PLR0913, PLR0917
         str | None, typer.Option(help="Questions: a .jsonl with question, choices, answer in each line.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="A task of lm-eval, or its YAML file. Repeatable.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="A text that the models go on from. Repeatable.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Add what is found to MODEL's report.json, report.html and card.")
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Path or hub id; by default the one beside MODEL.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens of a window at most.")] = None,
     stride: Annotated[

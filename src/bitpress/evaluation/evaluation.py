@@ -7,6 +7,7 @@ from typing import Any
 
 from bitpress.evaluation.agreement import Agreement
 from bitpress.evaluation.choices import Accuracy
+from bitpress.evaluation.continuations import Continuation
 from bitpress.evaluation.harness import Results
 from bitpress.evaluation.outputs import OutputAgreement
 from bitpress.evaluation.perplexity import Perplexity
@@ -26,6 +27,7 @@ class Evaluation:
         choices: accuracy on the questions.
         tasks: figures of lm-eval's tasks.
         original_tasks: the original's.
+        continuations: of the prompts.
         tokens: the figures of each scored token; not in :meth:`to_dict`.
     """
 
@@ -37,11 +39,14 @@ class Evaluation:
     choices: Accuracy | None = None
     tasks: Results | None = None
     original_tasks: Results | None = None
+    continuations: tuple[Continuation, ...] | None = None
     tokens: TokenScores | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: without what is None; numbers that are infinite or none at all are None."""
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokens"}
+        if self.continuations is not None:
+            parts["continuations"] = [asdict(each) for each in self.continuations]
         return {
             name: _finite(asdict(part) if hasattr(part, "__dataclass_fields__") else part)
             for name, part in parts.items()
@@ -55,6 +60,7 @@ class Evaluation:
         found += _of_agreement(self.agreement) if self.agreement else []
         found += _of_outputs(self.outputs) if self.outputs else []
         found += _of_choices(self.choices) if self.choices else []
+        found += [line for each in self.continuations or () for line in _of_continuation(each)]
         for task, figures in (self.tasks or {}).items():
             beside = (self.original_tasks or {}).get(task, {})
             found += [
@@ -102,6 +108,11 @@ def _of_token(each: WorstToken) -> list[str]:
         f"    {each.divergence:8.4f}  {said['context']} → {said['token']}",
         f"    {'':8}  the original says {said['original_says']}, the model {said['model_says']}",
     ]
+
+
+def _of_continuation(each: Continuation) -> list[str]:
+    lines = [_line("prompt", _quoted(each.prompt)), _line("", f"the model says {_quoted(each.model)}")]
+    return lines if each.original is None else [*lines, _line("", f"the original says {_quoted(each.original)}")]
 
 
 def _of_outputs(found: OutputAgreement) -> list[str]:

@@ -35,7 +35,9 @@ from bitpress.modifiers.sharing import (
     rounding_cost,
     rows_of,
 )
+from bitpress.modifiers.spread import spread
 from bitpress.modifiers.state import State
+from bitpress.modifiers.steps import note_solved
 from bitpress.modifiers.targeting import (
     check_scheme,
     check_shapes,
@@ -227,7 +229,9 @@ class QuantizationModifier(AllocatingModifier):
             name, matrix, args = names[index], matrices[index], state.schemes[names[index]].weights
             quantized = joined_weight(parts, args)
             figures = {"shape": tuple(matrix.shape), "bits": args.num_bits, **joined_figures(parts)}
+            figures["spread"] = spread(quantized)
             state.layer_records.setdefault(name, {}).update(figures)
+            note_solved(state, name, type(self).__name__, matrix, quantized)
             matrix.copy_(quantized.dequantize())
             state.quantized[name] = quantized
 

@@ -138,7 +138,7 @@ def is_known(statistics: InputStatistics | None) -> bool:
 def _energies(problem: Problem, quantized: QuantizedWeight) -> list[float]:
     """The squared error of sampled rows, and their square; the same of their outputs, if these are known."""
     sampled = problem.weight[::SAMPLED_ROWS].float()
-    delta = _sampled(quantized).float() - sampled
+    delta = sampled_values(quantized, SAMPLED_ROWS).float() - sampled
     energies = [float(delta.square().sum()), float(sampled.square().sum())]
     if problem.statistics is None or not is_known(problem.statistics):
         return energies
@@ -146,11 +146,11 @@ def _energies(problem: Problem, quantized: QuantizedWeight) -> list[float]:
     return [*energies, output_error(delta, gram), output_error(sampled, gram)]
 
 
-def _sampled(quantized: QuantizedWeight) -> Tensor:
-    """The sampled rows' values."""
+def sampled_values(quantized: QuantizedWeight, every: int) -> Tensor:
+    """The values of every so many rows."""
     if quantized.args.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.BLOCK):
-        return quantized.dequantize()[::SAMPLED_ROWS]
-    rows = slice(None, None, SAMPLED_ROWS)
+        return quantized.dequantize()[::every]
+    rows = slice(None, None, every)
     scale, zero_point = quantized.scale[rows], quantized.zero_point[rows]
     return replace(quantized, values=quantized.values[rows], scale=scale, zero_point=zero_point).dequantize()
 

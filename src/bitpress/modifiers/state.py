@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from bitpress.memory import process_memory
 from bitpress.models.blocks import Block
 from bitpress.models.taps import Tap
 from bitpress.quantization import QuantizationScheme, QuantizedWeight
@@ -17,10 +18,16 @@ from bitpress.statistics import InputStatistics
 
 
 class Stopwatch:
-    """Seconds spent in each phase."""
+    """What each phase takes.
+
+    Attributes:
+        seconds: that were spent in it.
+        resident: the most bytes that the process held at an end of it; 0 where the system does not say.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.resident: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -30,6 +37,7 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.resident[name] = max(self.resident.get(name, 0), process_memory())
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,9 @@ class State:
         global_scales: of the current block's layers that have one (NVFP4): (1,), float32.
         quantized: the current block's layers that have been quantized.
         layer_records: a dictionary of figures per quantized layer, for the report.
+        block_records: how far the output of each solved block is off, by its name, for the report; see
+            :mod:`bitpress.pipelines.witness`.
+        output_energies: of the current block's layers, of the rows that :mod:`bitpress.modifiers.steps` samples.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
         unmapped: why a layer has no mapping that scales its input, by name, for the report.
         tuning: how scales are tuned once all is solved, if they are.
@@ -110,6 +121,8 @@ class State:
     global_scales: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    block_records: dict[str, dict[str, float]] = field(default_factory=dict)
+    output_energies: dict[str, float] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)
     unmapped: dict[str, str] = field(default_factory=dict)
     tuning: Tuning | None = None

@@ -15,7 +15,7 @@ def run_datafree(state: State, modifiers: Sequence[Modifier], changes: Changes, 
         on_progress(Progress(index, len(state.blocks), block.label, "solve"))
         noted = changes.notes(block.name)
         if noted is not None:
-            take_notes(state, noted)
+            take_notes(state, block, noted)
             continue
         first = len(state.mapping_records)
         state.quantized = {}

@@ -8,7 +8,8 @@ Activations that a scheme quantizes are not quantized meanwhile, as in the peers
 themselves, and a static range is measured where the block runs with its new weights, before its scale is known.
 
 Where a modifier asks how far the inputs have drifted, a second forward of each batch goes beside the first, through the
-blocks with their original weights. At block k it runs before the other, and goes on.
+blocks with their original weights. At block k it runs before the other, and goes on. One batch always has it: the
+report's witness.
 """
 
 import logging
@@ -40,6 +41,7 @@ from bitpress.pipelines.solving import (
     watched,
 )
 from bitpress.pipelines.spilling import Spill, hidden_state, make_spill
+from bitpress.pipelines.witness import AFTER, BEFORE, ORIGINAL, Witness
 from bitpress.statistics import InputCollector, Statistic
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ def run_sequential(
         mine = {index: data.batches[index] for index in state.ranks.mine(len(data.batches))}
         forwards = {i: PausedForward(state.model, batch.args, batch.kwargs) for i, batch in mine.items()}
         # The first may write to what it is given.
-        own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if _compares(state, modifiers)}
+        compares, witness = _compares(state, modifiers), next(iter(mine), None) if state.ranks.is_first else None
+        own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if compares or i == witness}
         originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in own.items()}
         masks = [b.mask() for b in data.batches]
         schedule = _Schedule(state, modifiers, points, forwards, originals, masks, changes, on_progress)
@@ -99,6 +102,10 @@ class _Schedule:
         self.began: float | None = None
         self.movable: dict[PausedForward, list[UntypedStorage]] = {}
         self.unpaired: set[str] = set()
+        self.compares = _compares(state, modifiers)
+        # Of other ranks' batches nothing is seen.
+        index = next(iter(forwards), None) if state.ranks.is_first else None
+        self.witness = Witness(index, None if index is None else masks[index])
         self.lost = 0
         self.ends = False
         self.done = 0
@@ -204,11 +211,12 @@ class _Schedule:
                 with self._awake(index):
                     if not solved:
                         self._run_original(block, index, collector, is_layer=is_layer)
-                    self._observe(block, index, collector, go_on=go_on, output_needed=go_on or offloads)
+                    needed = go_on or offloads
+                    self._observe(block, index, collector, go_on=go_on, output_needed=needed, solved=solved)
         self.unpaired |= collector.unpaired
 
     def _observe(
-        self, block: Block, index: int, collector: InputCollector, *, go_on: bool, output_needed: bool
+        self, block: Block, index: int, collector: InputCollector, *, go_on: bool, output_needed: bool, solved: bool
     ) -> None:
         """Run the block on what a batch waits with, in sight of the collector."""
         forward, is_layer = self.forwards[index], block.name in block.layers
@@ -222,6 +230,7 @@ class _Schedule:
             output = self.points.run(block, call)
             if is_layer:
                 collector.observe(f"{block.name}.{OUTPUT}", (output,), {})
+        self.witness.see(index, AFTER if solved else BEFORE, output)
         if go_on:
             self._resume(forward, output)
 
@@ -232,7 +241,7 @@ class _Schedule:
             return
         if original.at is not block:
             self._stop(self.originals.pop(index))
-            self.lost += 1
+            self.lost += self.compares
             return
         call = original.waiting_for
         first = next((x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.dim() > 1), None)
@@ -241,6 +250,7 @@ class _Schedule:
             if is_layer:
                 collector.observe(block.name, call.args, call.kwargs)
             output = self.points.run(block, call)
+        self.witness.see(index, ORIGINAL, output)
         if self.ends:
             # What is behind the last block, a head over all words, would be computed for nothing.
             self._stop(original)
@@ -255,6 +265,7 @@ class _Schedule:
 
     def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
         """The block's last call: solve it, and go on with its new weights."""
+        self.witness.judge()  # what was seen of other blocks counts no more
         notes = self.changes.notes(block.name)
         if notes is not None:
             self._restore(block, notes, propagate=not last)
@@ -271,7 +282,7 @@ class _Schedule:
         """An earlier run has solved the block: go on with what it left."""
         self._propagate_originals(block)
         self.state.activations |= self.changes.restore(block)
-        take_notes(self.state, notes)
+        take_notes(self.state, block, notes)
         if propagate:
             self._propagate(block)
         self.done += 1
@@ -297,6 +308,7 @@ class _Schedule:
                 self._calibrate(block, ranges, go_on=propagate, solved=True)
             elif propagate:
                 self._propagate(block)
+            self._judge(block)
         finish(self.state, self.modifiers, block, ranges.statistics, collector.statistics)
         activations = {
             n: tensors for n, tensors in self.state.activations.items() if block.holds(n) or n in block.layers
@@ -310,7 +322,20 @@ class _Schedule:
             for index in self._at(block):
                 with self._awake(index):
                     forward = self.forwards[index]
-                    self._resume(forward, self.points.run(block, forward.waiting_for))
+                    output = self.points.run(block, forward.waiting_for)
+                    self.witness.see(index, AFTER, output)
+                    self._resume(forward, output)
+
+    def _judge(self, block: Block) -> None:
+        """Note how far the block's output is off; its weights are the new ones."""
+        index = self.witness.index
+        if index is not None and not self.witness.knows(AFTER) and self.forwards[index].at is block:
+            with self._awake(index), self.state.watch.phase("propagate"):
+                output = self.points.run(block, self.forwards[index].waiting_for.copy())
+                self.witness.see(index, AFTER, output)
+        errors = self.witness.judge()
+        if errors:
+            self.state.block_records[block.name] = errors
 
     def say_what_was_not_compared(self) -> None:
         """Warn once of what the original model's inputs are not known of."""

@@ -11,6 +11,7 @@ from bitpress.models.devices import device_of
 from bitpress.models.linears import in_features
 from bitpress.models.taps import Tap
 from bitpress.modifiers import Modifier, State
+from bitpress.modifiers.steps import NEAREST, note_inputs, note_rounding
 from bitpress.pipelines.experts import share_among_experts
 from bitpress.statistics import InputCollector, InputStatistics, Statistic, merge_all
 
@@ -108,9 +109,13 @@ def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics:
     _merge_over_ranks(state, block, statistics)
     state.statistics, few = share_among_experts(block, statistics, state.min_expert_tokens)
     state.few_tokens |= few
-    state.ranges, state.global_scales = {}, {}
+    state.ranges, state.global_scales, state.output_energies = {}, {}, {}
+    note_inputs(state, block)
+    note_rounding(state, block, NEAREST)
     for modifier in modifiers:
         modifier.on_block(state, block)
+        if type(modifier).on_block is not Modifier.on_block:
+            note_rounding(state, block, type(modifier).__name__)
 
 
 def make_notes(state: State, block: Block, first: int) -> dict[str, Any]:
@@ -119,14 +124,17 @@ def make_notes(state: State, block: Block, first: int) -> dict[str, Any]:
         "layers": {name: state.layer_records[name] for name in block.layers if name in state.layer_records},
         "mappings": state.mapping_records[first:],
         "few_tokens": {name: state.few_tokens[name] for name in block.layers if name in state.few_tokens},
+        "block": state.block_records.get(block.name, {}),
     }
 
 
-def take_notes(state: State, notes: Mapping[str, Any]) -> None:
+def take_notes(state: State, block: Block, notes: Mapping[str, Any]) -> None:
     """Take over what an earlier run has noted of a block."""
     state.layer_records |= notes["layers"]
     state.mapping_records += notes["mappings"]
     state.few_tokens |= notes["few_tokens"]
+    if notes.get("block"):
+        state.block_records[block.name] = notes["block"]
 
 
 def _merge_over_ranks(state: State, block: Block, statistics: dict[str, InputStatistics]) -> None:

@@ -25,6 +25,7 @@ from bitpress.models.linears import as_parameter
 from bitpress.modifiers import Modifier, QuantizationModifier, State
 from bitpress.modifiers.fused import families
 from bitpress.modifiers.observers import observed_ranges, states_observer, statistics_of_observer
+from bitpress.modifiers.spread import spread
 from bitpress.pipelines.solving import OnProgress, Progress
 from bitpress.quantization import (
     PackedWeight,
@@ -246,7 +247,8 @@ def _quantized(
         packed, error = found.pack(), relative_error(values, matrix)
     else:
         packed, error = packed_to_nearest(matrix, args, global_scale, name)
-    return packed, {"shape": list(matrix.shape), "bits": args.num_bits, "weight_error": error}
+    figures = {"shape": list(matrix.shape), "bits": args.num_bits, "weight_error": error, "spread": spread(packed)}
+    return packed, figures
 
 
 def _has_equal_points(matrix: Tensor, args: QuantizationArgs) -> bool:

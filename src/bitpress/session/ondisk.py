@@ -30,7 +30,8 @@ LIBRARIES = ("bitpress", "torch", "transformers", "compressed-tensors")
 # Options that do not decide the bytes, or that the blocks tell of.
 NOT_OF_THE_BYTES = ("sequential_targets", "activations")
 
-Summary = Callable[[], dict[str, Any]]
+# Completes what is saved beside the weights, when all is done.
+Summary = Callable[[Companions], Companions]
 
 
 class OnDiskSession(Session):
@@ -98,9 +99,9 @@ class OnDiskSession(Session):
         Args:
             path: its directory, which it takes when all is there. Until then it is beside it, under a name of its own:
                 after an error, or a kill, the same call goes on from there.
-            companions: what is saved beside the weights; its report is not looked at.
+            companions: what is saved beside the weights, but for the report.
             on_progress: called with how far it is.
-            summary: makes the report, when all is done.
+            summary: adds the report, when all is done.
             resume: False starts over.
             ends_in: where the checkpoint will be in the end, if not there.
         """

@@ -1,6 +1,5 @@
 """A session whose model stays on the disk: each block is read when it is its turn, solved, written and dropped."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,4 +89,4 @@ class StreamedSession(OnDiskSession):
         self.stored_bytes = self.plan.stored_bytes
         for modifier in self.recipe.modifiers:
             modifier.on_finalize(self.state)
-        object.__setattr__(self.model, "bitpress", replace(companions, report=summary()))
+        object.__setattr__(self.model, "bitpress", summary(companions))

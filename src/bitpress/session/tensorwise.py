@@ -1,7 +1,6 @@
 """A session that needs no model at all: weights go from file to file, each by itself."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,6 +61,6 @@ class TensorwiseSession(OnDiskSession):
         self.stored_bytes = self.plan.stored_bytes
         for modifier in self.recipe.modifiers:
             modifier.on_finalize(self.state)
-        object.__setattr__(self.model, "bitpress", replace(companions, report=summary()))
+        object.__setattr__(self.model, "bitpress", summary(companions))
         self.plan.write_config(draft)
         write_companions(self.model, draft)

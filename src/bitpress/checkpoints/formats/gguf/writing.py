@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.checkpoints.directory import RECIPE_FILE, REPORT_FILE, check_destination, whole_directory
+from bitpress.checkpoints.card import write_card
+from bitpress.checkpoints.directory import PAGE_FILE, RECIPE_FILE, REPORT_FILE, check_destination, whole_directory
 from bitpress.checkpoints.formats.gguf.architectures import (
     Architecture,
     add_metadata,
@@ -73,9 +74,11 @@ def write(checkpoint: Checkpoint, destination: str | os.PathLike[str], *, overwr
         for name, tensor in _tensors(checkpoint, extra, partial(to_blocks, scales=scales, minima=minima)):
             writer.write_tensor_data(_in_order(name, tensor, architecture, config).numpy())
         writer.close()
-        for beside in (RECIPE_FILE, REPORT_FILE):
+        for beside in (RECIPE_FILE, REPORT_FILE, PAGE_FILE):
             if (checkpoint.shards.directory / beside).is_file():
                 shutil.copyfile(checkpoint.shards.directory / beside, draft / beside)
+        if (draft / REPORT_FILE).is_file():
+            write_card(draft)
     scales.warn()
     minima.warn()
     return path
