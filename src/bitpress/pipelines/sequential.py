@@ -291,7 +291,7 @@ class _Schedule:
         noted = len(self.state.mapping_records)
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
-                solve(self.state, self.modifiers, block, collector.statistics)
+                solve(self.state, self.modifiers, block, collector.statistics, lambda who: self._say(block, who))
             ranges = make_range_collector(self.state, self.modifiers, [block])
             if ranges.wants_any:
                 self._calibrate(block, ranges, go_on=propagate, solved=True)
@@ -301,6 +301,7 @@ class _Schedule:
         activations = {
             n: tensors for n, tensors in self.state.activations.items() if block.holds(n) or n in block.layers
         }
+        self._say(block, "write")
         self.changes.finish(block, activations, make_notes(self.state, block, noted))
         self._count()
 
