@@ -1,6 +1,7 @@
 """compare: which layers of two checkpoints differ, and by how much."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from bitpress.report.describing import describe
 
 # The alternating least squares of scales is at its end after a few: each is two passes over the weight.
 ROUNDS = 4
+# Numbers that are worked on at once.
+PIECE = 1 << 24
 _TINY = 1e-30
 
 
@@ -47,8 +50,8 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str], *, sh
 def _difference(a: Contents, b: Contents, name: str) -> Difference:
     parts = a.parts[name], b.parts[name]
     before, after = a.weight(parts[0]), b.weight(parts[1])
-    change = (after - before).square_().sum()
-    error = float(change / before.square().sum().clamp(min=_TINY))
+    change = sum(float((y - x).square_().sum()) for x, y in _pieces(before, after))
+    error = change / max(_TINY, sum(float(x.square().sum()) for (x,) in _pieces(before)))
     beyond = beyond_scales(before, after) if error and before.dim() == 2 else error
     return Difference(name, (_kind(parts[0]), _kind(parts[1])), (parts[0].nbytes, parts[1].nbytes), error, beyond)
 
@@ -60,14 +63,26 @@ def beyond_scales(before: Tensor, after: Tensor) -> float:
         before: A, (out, in), float32.
         after: B, the same.
     """
-    products, squares = before * after, before.square()
     rows = torch.ones(len(before), 1)
     for _ in range(ROUNDS):
-        columns = (rows * products).sum(0) / (rows.square() * squares).sum(0).clamp(min=_TINY)
-        rows = (columns * products).sum(1, keepdim=True) / (columns.square() * squares).sum(1, keepdim=True).clamp(
-            min=_TINY
-        )
-    return float((after - rows * before * columns).square_().sum() / after.square().sum().clamp(min=_TINY))
+        products, squares = torch.zeros(2, before.shape[1])
+        for a, b, r in _pieces(before, after, rows):
+            scaled = r * a
+            products += (scaled * b).sum(0)
+            squares += scaled.square_().sum(0)
+        columns = products / squares.clamp(min=_TINY)
+        for a, b, r in _pieces(before, after, rows):
+            scaled = a * columns
+            torch.div((scaled * b).sum(1, keepdim=True), scaled.square().sum(1, keepdim=True).clamp_(min=_TINY), out=r)
+    change = sum(float((b - r * a * columns).square_().sum()) for a, b, r in _pieces(before, after, rows))
+    return change / max(_TINY, float(after.square().sum()))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time: a head over all words takes gigabytes, and copies of it would take more."""
+    columns = tensors[0].numel() // max(1, len(tensors[0]))
+    count = max(1, PIECE // max(1, columns))
+    return zip(*(each.split(count) for each in tensors), strict=True)
 
 
 def _kind(part: Part) -> str:

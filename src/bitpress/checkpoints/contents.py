@@ -87,12 +87,12 @@ class Contents:
                 layer = quantized[owner]
                 parts[owner] = Part(owner, layer.shape, nbytes, _as_stated(checkpoint, layer.scheme))
                 continue
-            for each in tensors:
-                if len(shards[each].shape) > 1 and shards[each].dtype.is_floating_point:
-                    is_weight = each.endswith(_WEIGHT)
-                    size = nbytes if is_weight else shards[each].nbytes
-                    name = owner if is_weight else each
-                    parts[name] = Part(name, shards[each].shape, size, dtype=shards[each].dtype)
+            wide = [each for each in tensors if len(shards[each].shape) > 1 and shards[each].dtype.is_floating_point]
+            beside = nbytes - sum(shards[each].nbytes for each in wide)
+            for each in wide:
+                is_weight = each.endswith(_WEIGHT)
+                name, size = (owner, shards[each].nbytes + beside) if is_weight else (each, shards[each].nbytes)
+                parts[name] = Part(name, shards[each].shape, size, dtype=shards[each].dtype)
         return cls(DENSE if checkpoint is None else checkpoint.format, shards, parts, checkpoint)
 
     def weight(self, part: Part) -> Tensor:

@@ -52,7 +52,9 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
     training, held_out = data.batches[:-count], data.batches[-count:]
     student = _Student(state, changes)
     if not student.factors:
-        logger.warning("DistillationModifier has nothing to tune: the scales of these schemes are not free.")
+        logger.warning(
+            "DistillationModifier has nothing to tune, and can be left out: the scales of these schemes are not free."
+        )
         return
     with state.watch.phase("distill"), own_gradients_kept(state.model):
         for parameter in state.model.parameters():

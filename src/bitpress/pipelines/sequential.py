@@ -320,12 +320,13 @@ class _Schedule:
         if lost:
             logger.warning(
                 "%d of %d calibration batches go another way through the compressed model than through the original: "
-                "from there on nothing of theirs is corrected.", lost, len(self.masks),
+                "from there on nothing of theirs is corrected. If these are many, state error_correction=0.",
+                lost, len(self.masks),
             )  # fmt: skip
         if unpaired:
             logger.warning(
                 "%d layers (%s, ...) get tokens that the original model's router does not send them: "
-                "nothing of these is corrected.", len(unpaired), min(unpaired),
+                "nothing of these is corrected. Nothing needs to be done about it.", len(unpaired), min(unpaired),
             )  # fmt: skip
 
     def _say(self, block: Block, phase: str) -> None:

@@ -86,10 +86,11 @@ class Tally:
     @property
     def left(self) -> float | None:
         """Seconds that the blocks which are left will take, by those that are finished; None where none is, or left."""
-        if not self._counted or self.done >= self.total:
+        # Another thread may look while a step is taken over.
+        counted, left = self._counted, self.total - self.done
+        if not counted or left <= 0:
             return None
-        each = self._seconds / self._counted
-        return max(0.0, each * (self.total - self.done) - (self._clock() - self._since))
+        return max(0.0, self._seconds / counted * left - (self._clock() - self._since))
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -98,4 +99,5 @@ class Tally:
         Of batches, the tokens of the model.
         """
         of_each = {BLOCKS: self.tokens, BATCHES: self.tokens / max(1, self.total)}.get(self.unit, 0)
-        return of_each * self._counted / self._seconds if of_each and self._seconds else None
+        seconds = self._seconds
+        return of_each * self._counted / seconds if of_each and seconds else None
