@@ -7,7 +7,7 @@ import torch
 
 from bitpress.checkpoints.contents import Contents, Part
 from bitpress.errors import BitpressError
-from bitpress.report.describing import describe, matches
+from bitpress.report.describing import describe, in_order, matches
 from bitpress.report.histogram import Histogram
 from bitpress.report.inspection import Inspection, LayerSize
 
@@ -30,7 +30,8 @@ def inspect(
             such a name.
     """
     contents = Contents.of(source)
-    chosen = [part for part in contents.parts.values() if layers is None or matches(part.name, layers)]
+    names = [name for name in contents.parts if layers is None or matches(name, layers)]
+    chosen = [contents.parts[name] for name in sorted(names, key=in_order)]
     if not chosen:
         first = next(iter(contents.parts), "no weight of two dimensions")
         raise BitpressError(f"{source} has no layer {', '.join(layers or ())}: it has {first}, for instance.")

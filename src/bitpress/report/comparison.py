@@ -24,7 +24,8 @@ class Difference:
         kinds: scheme (or dtype, of a dense weight) in the first and in the second.
         nbytes: of all that is stored of it, in the first and in the second.
         error: squared error of the second's dequantized weight, relative to the energy of the first's:
-            sum((B − A)²) / sum(A²). That is the ``weight_error`` of report.json.
+            sum((B − A)²) / sum(A²). That is the ``weight_error`` of report.json, which a run that never holds
+            the model estimates from some rows.
         beyond_scales: what is left of it when the scales that AWQ and SmoothQuant move between layers are taken out:
             sum((B − RAS)²) / sum(B²) with the best diagonal R (of outputs) and S (of inputs).
     """
@@ -95,7 +96,7 @@ class Comparison:
         if rows:
             yield _table(rows[: self.shown])
         if len(rows) > self.shown:
-            yield f"and {len(rows) - self.shown} more that differ no more than these: --shown, shown="
+            yield f"and {len(rows) - self.shown} more, by less"
         yield from self._unmatched()
 
     def _unmatched(self) -> RenderResult:

@@ -45,6 +45,11 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
 
 
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, with their numbers as numbers: layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """True if one of the patterns, names with ``*`` for anything, is the name."""
     return any(re.fullmatch(re.escape(each).replace(r"\*", ".*"), name) for each in patterns)

@@ -179,10 +179,16 @@ def _compressed(
     for name, shape in shapes.items():
         if f"{name}.weight_g_idx" in shards:
             raise BitpressError(f"{name} is quantized with act-order (weight_g_idx), which is not read.")
-        layers[name] = Layer(name, shape, schemes[name])
+        layers[name] = Layer(name, _loose(name, shape, schemes[name], shards), schemes[name])
     claimed = {f"{name}.{kind}" for name in layers for kind in KINDS}
     dense = [name for name in shards if name not in claimed]
     return Checkpoint(COMPRESSED, config, stated, shards, layers, dense)
+
+
+def _loose(name: str, shape: tuple[int, int], scheme: QuantizationScheme, shards: Shards) -> tuple[int, int]:
+    """The shape of a weight of floats of 4 or 6 bits, of which ``shape`` counts bytes."""
+    packed = f"{name}.weight_packed" in shards and f"{name}.weight_shape" not in shards
+    return (shape[0], shape[1] * 8 // int(scheme.weights.num_bits)) if packed else shape
 
 
 def _schemes(
@@ -207,7 +213,7 @@ def _shapes(shards: Shards) -> Iterator[tuple[str, tuple[int, int]]]:
         else:
             whole = f"{name}.weight"
             stored = shards[whole if whole in shards else f"{name}.weight_packed"]
-            yield name, (stored.shape[0], stored.shape[-1])
+            yield name, (stored.shape[0], stored.shape[-1])  # of floats in less than 8 bits: bytes of a row
 
 
 def _foreign(kind: str, path: Path, config: dict[str, Any], stated: dict[str, Any], shards: Shards) -> Checkpoint:
