@@ -187,7 +187,7 @@ def test_an_error_leaves_the_terminal_as_it_was(clock):
 def steps_of(monkeypatch, *args, **options):
     """What a run tells its display."""
     steps = []
-    monkeypatch.setattr(Tally, "take", lambda self, step: steps.append(step) or 0)
+    monkeypatch.setattr(Tally, "take", lambda self, step: steps.append(step))
     monkeypatch.setattr(progress_module, "stderr", lambda: console(terminal=False))
     oneshot(*args, **options)
     return steps

@@ -24,8 +24,8 @@ class Difference:
         kinds: scheme (or dtype, of a dense weight) in the first and in the second.
         nbytes: of all that is stored of it, in the first and in the second.
         error: squared error of the second's dequantized weight, relative to the energy of the first's:
-            sum((B − A)²) / sum(A²). That is the ``weight_error`` of report.json, which a run that never holds
-            the model estimates from some rows.
+            sum((B − A)²) / sum(A²). The ``weight_error`` of report.json is the same, estimated from some rows
+            where a weight is only rounded to nearest.
         beyond_scales: what is left of it when the scales that AWQ and SmoothQuant move between layers are taken out:
             sum((B − RAS)²) / sum(B²) with the best diagonal R (of outputs) and S (of inputs).
     """

@@ -99,9 +99,10 @@ class _PlainLines:
 
     def take(self, step: Step) -> None:
         """See :meth:`Tally.take`."""
-        finished = self._tally.take(step)
+        done = self._tally.done
+        self._tally.take(step)
         since = self._tally.elapsed - self._written
-        if since >= OFTEN or (finished and since >= SELDOM):
+        if since >= OFTEN or (self._tally.done > done and since >= SELDOM):
             self._write()
 
     def end(self) -> None:

@@ -52,8 +52,8 @@ class Tally:
         self._counted = 0
         self._seen: set[str] = set()
 
-    def take(self, step: Step) -> int:
-        """Take over what a pipeline says; how many blocks it has finished since the last time is returned."""
+    def take(self, step: Step) -> None:
+        """Take over what a pipeline says."""
         if step.unit != self.unit:
             self._start()
         finished = step.done - self.done
@@ -62,11 +62,11 @@ class Tally:
         self.done, self.total, self.unit, self.block = step.done, step.total, step.unit, step.block
         self.phase = PHASES.get(step.phase, step.phase)
         self._seen.add(step.phase)
-        return max(0, finished)
 
     def end(self) -> None:
         """All is done."""
-        if self.unit != TENSORS:
+        if self.unit not in (BLOCKS, TENSORS):
+            self._start()
             self.unit, self.total = BLOCKS, self._blocks
         self.done, self.block, self.phase = self.total, "", "done"
 
