@@ -1,5 +1,10 @@
 """The command line."""
 
+import inspect
+import json
+import logging
+import re
+
 import pytest
 import tiny
 import torch
@@ -9,6 +14,7 @@ from typer.testing import CliRunner
 
 from bitpress import Recipe
 from bitpress.cli import app
+from bitpress.cli.options import complete_recipe
 from bitpress.oneshot import oneshot
 from bitpress.session.recipe import shipped_recipes
 
@@ -62,7 +68,8 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *["--pipeline", "basic", "--no-save-compressed", "--overwrite", "--trust-remote-code-model"],
         *["--no-moe-calibrate-all-experts", "--arg", "group_size=64", "--arg", "ignore=[lm_head, 're:a=b']"],
         *["--no-resume", "--no-stream", "--activations", "disk", "--device", "cpu", "--max-shard-size", "1GB"],
-        *["--format", "awq"],
+        *["--format", "awq", "--tokenizer", "words", "--processor", "eyes", "--no-shuffle-calibration-samples"],
+        *["--sequential-targets", "Layer", "--sequential-targets", "re:h.*", "--moe-min-tokens", "9"],
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -87,7 +94,33 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "device": "cpu",
         "max_shard_size": "1GB",
         "trust_remote_code_model": True,
+        "tokenizer": "words",
+        "processor": "eyes",
+        "shuffle_calibration_samples": False,
+        "sequential_targets": ["Layer", "re:h.*"],
+        "moe_min_tokens": 9,
+        "progress": True,
     }
+
+
+def test_flags_are_the_arguments_of_python():
+    """But for those that a shell cannot say, or that are said otherwise."""
+    of_python = set(inspect.signature(oneshot).parameters) - {"model", "recipe", "progress"}
+    (command,) = [each for each in app.registered_commands if each.callback.__name__ == "oneshot"]
+    names = set(inspect.signature(command.callback).parameters) - {"model", "recipe", "as_json", "quiet", "verbose"}
+    assert names == of_python
+    said = run("oneshot", "--help").output
+    assert "--recipe-arg" in said
+    assert "--output" in said
+
+
+@pytest.mark.parametrize(("output", "argument"), [("--output", "--recipe-arg"), ("--output-dir", "--arg")])
+def test_both_names_of_an_option(output, argument, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("bitpress.oneshot", lambda *args, **kwargs: given.update(kwargs))
+    result = run("oneshot", "m", "--recipe", "w4a16-fast", output, tmp_path / "out", argument, "bits=3", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert (given["output_dir"], given["recipe_args"], given["progress"]) == (tmp_path / "out", {"bits": 3}, False)
 
 
 def test_without_data(folder, tmp_path):
@@ -101,6 +134,8 @@ def test_without_data(folder, tmp_path):
 ERRORS = {
     "unknown recipe": ({"recipe": "awq-w4a16-asymm"}, "did you mean 'awq-w4a16-asym'"),
     "recipe file": ({"recipe": "no.yaml"}, "does not exist"),
+    "recipe file beside": ({"recipe": "RECIPE"}, "recipe.yaml'"),
+    "dataset file beside": ({"dataset": "DATASET"}, "novel.txt'"),
     "group size": ({"recipe": "w4a16-asym", "dataset": None}, "group_size 128 does not divide"),
     "no dataset": ({"dataset": None}, "needs calibration data"),
     "dataset file": ({"dataset": "no.txt"}, "no.txt"),
@@ -115,6 +150,8 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_one_line_and_exit_code_2(case, folder, tmp_path):
     changed, message = ERRORS[case]
+    near = {"RECIPE": folder / "recipes.yaml", "DATASET": folder / "nivel.txt"}
+    changed = {name: near.get(value, value) for name, value in changed.items()}
     result = run("oneshot", folder / "model", *options(folder, tmp_path / "out", **changed))
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -145,7 +182,25 @@ def test_the_recipes_are_listed():
     lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     assert all(len(line.split()) > 5 for line in lines)
-    assert '--arg bits=4 group_size=128 symmetric=false ignore=["lm_head"]' in result.stdout
+    assert '--recipe-arg bits=4 group_size=128 symmetric=false ignore=["lm_head"]' in result.stdout
+    assert result.stdout == run("recipes", "list").stdout
+    listed = json.loads(run("recipes", "--json").stdout)
+    assert list(listed) == list(shipped_recipes())
+    assert listed["w4a16-fast"]["args"]["bits"] == 4
+
+
+def test_a_recipe_is_shown_as_it_is():
+    result = run("recipes", "show", "w4a16-fast")
+    assert result.stdout == shipped_recipes()["w4a16-fast"].read_text()
+    wrong = run("recipes", "show", "w4a16-fats")
+    assert wrong.exit_code == 2
+    assert "did you mean 'w4a16-fast'" in wrong.stderr
+
+
+def test_completion_knows_the_recipes():
+    assert [name for name, _ in complete_recipe("w4a16-f")] == ["w4a16-fast"]
+    assert len(complete_recipe("")) == len(shipped_recipes())
+    assert all(about for _, about in complete_recipe(""))
 
 
 def test_arguments_of_a_recipe(folder, tmp_path):
@@ -160,5 +215,107 @@ def test_arguments_of_a_recipe(folder, tmp_path):
 
 def test_help():
     assert "oneshot" in run().output
-    for command in ([], ["oneshot"], ["recipes"]):
+    for command in [
+        [],
+        ["recipes"],
+        ["recipes", "show"],
+        *([each.callback.__name__] for each in app.registered_commands),
+    ]:
         assert run(*command, "--help").exit_code == 0
+    assert "Exit status" in run("--help").output
+
+
+def test_version():
+    assert re.fullmatch(r"bitpress \d+\.\d+\S*\n", run("--version").stdout)
+
+
+def test_a_command_that_is_misspelt():
+    result = run("inspekt")
+    assert result.exit_code == 2
+    assert "inspect" in result.stderr
+
+
+def test_an_interrupted_command(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitpress.oneshot", interrupted)
+    result = run("oneshot", "m", "--recipe", "w8a16", "--output", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "bitpress: interrupted"
+
+
+def test_records_are_shown_as_far_as_is_asked_for(tmp_path, monkeypatch):
+    def say(*args, **kwargs):
+        logging.getLogger("bitpress.anything").info("by the way")
+        logging.getLogger("bitpress.anything").warning("take care")
+
+    monkeypatch.setattr("bitpress.oneshot", say)
+    words = ["oneshot", "m", "--recipe", "w8a16", "--output", tmp_path / "out"]
+    assert run(*words).stderr == run(*words, "--quiet").stderr == "WARNING: take care\n"
+    assert run(*words, "--verbose").stderr == "INFO: by the way\nWARNING: take care\n"
+    logger = logging.getLogger("bitpress")
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def compressed(folder):
+    """Two checkpoints, and what the command said of the second."""
+    for bits in (4, 3):
+        stated = ["--recipe-arg", "group_size=32", "--recipe-arg", f"bits={bits}"]
+        changed = {"recipe": "w4a16-fast", "output-dir": folder / f"out{bits}"}
+        result = run("oneshot", folder / "model", *options(folder, None, **changed), *stated, "--quiet", "--json")
+        assert result.exit_code == 0, result.output
+    return folder, result
+
+
+def test_the_result_of_oneshot_as_json(compressed):
+    folder, result = compressed
+    told = json.loads(result.stdout)
+    assert told["output_dir"] == str(folder / "out3")
+    assert told["bytes"]["after"] < told["bytes"]["before"]
+    assert told["layers"] == 14
+    assert len(told["worst"]) == 5
+    assert result.stderr == ""
+
+
+def test_inspect(compressed):
+    folder, _ = compressed
+    result = run("inspect", folder / "out4")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.*.mlp.down_proj (2)" in result.stdout
+    assert "█" in result.stdout
+    told = json.loads(run("inspect", folder / "out4", "--layers", "*.up_proj", "--json").stdout)
+    assert list(told["layers"]) == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    assert "model.layers.1.mlp.up_proj " in run("inspect", folder / "out4", "--each").stdout
+
+
+def test_compare(compressed):
+    folder, _ = compressed
+    result = run("compare", folder / "out4", folder / "out3", "--shown", "1")
+    assert result.exit_code == 0, result.output
+    assert "int4 group 32 asymmetric → int3 group 32 asymmetric" in result.stdout
+    assert result.stdout.count("_proj") == 1
+    told = json.loads(run("compare", folder / "out4", folder / "out3", "--json").stdout)
+    assert not told["same"]
+    errors = [layer["error"] for layer in told["layers"].values()]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_report(compressed):
+    folder, _ = compressed
+    result = run("report", folder / "out4", "--worst", "1")
+    assert result.exit_code == 0, result.output
+    assert "14 layers: " in result.stdout
+    assert result.stdout.count("_proj") == 1
+    told = json.loads(run("report", folder / "out4", "--json").stdout)
+    assert told["samples"] == 6
+
+
+@pytest.mark.parametrize("words", [["inspect", "no-such"], ["compare", "no-such", "no"], ["report", "no-such"]])
+def test_a_checkpoint_that_is_not_there(words):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("bitpress: ")
+    assert "no-such" in result.stderr
+    assert "Traceback" not in result.output

@@ -1,9 +1,11 @@
 """bitpress: small models from a recipe."""
 
 from bitpress.checkpoints import convert, save
+from bitpress.compare import compare
 from bitpress.errors import BitpressError
 from bitpress.evaluate import evaluate
 from bitpress.evaluation import Evaluation
+from bitpress.inspect import inspect
 from bitpress.mappings import find_mappings
 from bitpress.modifiers import (
     AWQMapping,
@@ -31,9 +33,11 @@ __all__ = [
     "QuantizationModifier",
     "Recipe",
     "SmoothQuantModifier",
+    "compare",
     "convert",
     "evaluate",
     "find_mappings",
+    "inspect",
     "load",
     "oneshot",
     "plan",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,9 +22,10 @@ from bitpress.checkpoints.unknown import open_by_names
 from bitpress.errors import BitpressError
 from bitpress.pipelines.data import CalibrationData, prepare
 from bitpress.pipelines.experts import MIN_TOKENS
+from bitpress.pipelines.solving import Progress
 from bitpress.ranks import among_ranks, current
 from bitpress.report.page import page
-from bitpress.report.progress import progress_display
+from bitpress.report.progress import preparing, progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
 from bitpress.session.devices import find_device, move, parameters_bytes
@@ -34,6 +35,8 @@ from bitpress.session.streaming import StreamedSession
 from bitpress.session.tensorwise import TensorwiseSession
 
 logger = logging.getLogger(__name__)
+
+AnySession = TypeVar("AnySession", bound=Session)
 
 # How a model can stay on the disk, by the pipeline that the user names; the first way that does is taken.
 WAYS: dict[str | None, tuple[type[OnDiskSession], ...]] = {
@@ -128,7 +131,8 @@ def oneshot(  # noqa: PLR0913
             model, True is an error where that is needed.
         resume: of a streamed run that was interrupted or killed: go on where it was. False starts over.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
-        progress: show it in the terminal; by default if there is one.
+        progress: False shows none; by default it is shown as two live lines in a terminal, and elsewhere as a line
+            every ten seconds at most. True shows what the run will need without a terminal, too.
 
     Returns:
         The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint. Of a streamed run
@@ -178,12 +182,12 @@ def oneshot(  # noqa: PLR0913
     shown = progress if current().is_first else False
     if stream is not False:
         streamed = _start_on_disk(
-            model, steps, output, {**options, "device": place}, read_data, trust_remote_code_model, must=stream is True
-        )
+            model, steps, output, {**options, "device": place}, read_data, trust_remote_code_model, must=stream is True,
+            show=shown,
+        )  # fmt: skip
         if streamed is not None:
             path, companions = output.check(), Companions(steps.to_yaml(), processor or tokenizer, page=page)
-            needs = streamed.needs.lines()
-            with progress_display(len(streamed.state.blocks), needs, show=shown) as on_progress:
+            with progress_display(**_figures(streamed), show=shown) as on_progress:
                 between = output.between(path)
                 streamed.write(
                     between, companions, on_progress,
@@ -196,14 +200,14 @@ def oneshot(  # noqa: PLR0913
         model = move(load_named(model, trust_remote_code=trust_remote_code_model), place, stated=device is not None)
     output.check(needed=parameters_bytes(model))
     session = Session(model, steps, **options)
-    session.start(read_data)
-    output.check_fits(session)
-    with progress_display(len(session.state.blocks), session.needs.lines(), show=shown) as on_progress:
+    _started(session, read_data, output, shown)
+    with progress_display(**_figures(session), show=shown) as on_progress:
         session.run(on_progress)
-    session.finalize()
-    report = summarize(session, session.data, name)
-    bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report, page))
-    output.write(model)
+        on_progress(Progress(len(session.state.blocks), len(session.state.blocks), "the model", "write"))
+        session.finalize()
+        report = summarize(session, session.data, name)
+        bind_save_pretrained(model, Companions(steps.to_yaml(), processor or tokenizer, report, page))
+        output.write(model)
     return model
 
 
@@ -270,6 +274,7 @@ def _start_on_disk(
     trust_remote_code: bool,
     *,
     must: bool,
+    show: bool | None,
 ) -> OnDiskSession | None:
     """A session, ready to run, of a model that stays on the disk; None if it has to be loaded and ``must`` not stay.
 
@@ -290,8 +295,8 @@ def _start_on_disk(
         source, ways = _open(model, ways, trust_remote_code)
         for way in ways[:-1]:
             with suppress(CannotStreamError):
-                return _started(way(source, steps, **options), read_data, output)
-        return _started(ways[-1](source, steps, **options), read_data, output)
+                return _started(way(source, steps, **options), read_data, output, show)
+        return _started(ways[-1](source, steps, **options), read_data, output, show)
     except CannotStreamError as error:
         if must:
             raise
@@ -312,11 +317,25 @@ def _open(
 
 
 def _started(
-    session: OnDiskSession, read_data: Callable[[nn.Module], CalibrationData | None], output: _Destination
-) -> OnDiskSession:
-    session.start(read_data)
+    session: AnySession,
+    read_data: Callable[[nn.Module], CalibrationData | None],
+    output: _Destination,
+    show: bool | None,
+) -> AnySession:
+    with preparing(show=show):
+        session.start(read_data)
     output.check_fits(session)
     return session
+
+
+def _figures(session: Session) -> dict[str, Any]:
+    """What the display of progress says of a session that is ready to run."""
+    return {
+        "total": len(session.state.blocks),
+        "needs": session.needs.lines(),
+        "tokens": session.data.tokens if session.data else 0,
+        "device": str(session.device),
+    }
 
 
 def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:

@@ -755,5 +755,6 @@ def test_experts_that_are_called_in_another_form_say_once_that_they_are_routed(c
     architecture = architectures.ARCHITECTURES["llama4"]
     find_mappings(architecture.build(), [architecture.inputs(1, 16, 0)])
     assert [r.getMessage() for r in caplog.records if "sends it" in r.getMessage()] == [
-        "Llama4TextExperts are called without an index of experts: each sees the tokens that the router sends it."
+        "Llama4TextExperts are called without an index of experts: each sees the tokens that the router sends it. Give "
+        "more samples if the report lists experts with few tokens."
     ]

@@ -138,7 +138,8 @@ class TestSharing:
             with collector.batch(2):
                 model(x[2], y[2])
         assert [record.getMessage() for record in caplog.records] == [
-            "b no longer shares its input with the layers it shared it with before."
+            "b no longer shares its input with the layers it shared it with before: it has statistics of its own "
+            "from here on, and nothing needs to be done."
         ]
         assert_collected(found["a"], *x)
         torch.testing.assert_close(found["b"].gram - before.gram, y[2].T @ y[2], rtol=1e-4, atol=1e-4)

@@ -196,7 +196,8 @@ def choose_packed(
     quantized = [s for s in whole if any(name in packed for name in s.names)]
     if quantized:
         logger.warning(
-            "the experts of %s%s hold the quantized values but are stored dense: %s.",
+            "the experts of %s%s hold the quantized values but are stored dense: %s. To keep their values, at the same "
+            "size, add them to ignore.",
             quantized[0].owner,
             f" and {len(quantized) - 1} more" if len(quantized) > 1 else "",
             "no reader takes experts of this layout packed"

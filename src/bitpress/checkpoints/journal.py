@@ -59,7 +59,9 @@ def resumable_directory(
         if not journal.entries:
             shutil.rmtree(draft, ignore_errors=True)
         elif draft.is_dir():
-            logger.warning("what is done is kept in %s: the same call goes on from there.", draft)
+            logger.warning(
+                "what is done is kept in %s: the same call goes on from there. Remove it if none will.", draft
+            )
         raise
     finally:
         journal.close()
@@ -132,7 +134,11 @@ class Journal:
                 if name not in writer.layout.places or not writer.verify(name, checksum)
             ]
             if damaged:
-                logger.warning("%s is damaged in %s and is done again.", damaged[0], writer.directory)
+                logger.warning(
+                    "%s is damaged in %s and is done again. If it happens again, look after the disk.",
+                    damaged[0],
+                    writer.directory,
+                )
                 del self.entries[block]
         return self.entries
 
@@ -170,7 +176,9 @@ class Journal:
         _check_same(first[_FACTS], facts, self._file.parent)
         for line in lines:
             if line is None or _BLOCK not in line:
-                logger.warning("a line of %s is damaged: its block is done again.", self._file)
+                logger.warning(
+                    "a line of %s is damaged: its block is done again, and nothing else is lost.", self._file
+                )
             else:
                 self.entries[line[_BLOCK]] = line[_ENTRY]
         return False, end
@@ -226,7 +234,7 @@ def _lock(draft: Path) -> int | None:
         held = False
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            logger.warning("%s cannot be locked (%s): no other process may use it.", draft, error.strerror)
+            logger.warning("%s cannot be locked (%s): see to it that no other process uses it.", draft, error.strerror)
             os.close(descriptor)
             return None
         held = False

@@ -19,7 +19,7 @@ from bitpress.checkpoints.packed import (
     write_expert,
 )
 from bitpress.checkpoints.states import take_activations, take_attentions
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, nearest_file
 from bitpress.models.experts import ExpertLinear, find_layer, named_layers
 from bitpress.models.linears import as_parameter, is_linear
 from bitpress.quantization import PackedWeight, QuantizationScheme
@@ -69,7 +69,8 @@ def load_named(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
     try:
         return load_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise BitpressError(f"the model {str(source)!r} cannot be loaded: {error}") from error
+        near = "" if Path(source).expanduser().exists() else nearest_file(Path(source))
+        raise BitpressError(f"the model {str(source)!r} cannot be loaded{near}: {error}") from error
 
 
 def load_compressed(

@@ -248,7 +248,10 @@ def _readable(model: nn.Module, layers: dict[str, nn.Module], packed: dict[str, 
     ):
         if names:
             classes = ", ".join(sorted({type(layers[name]).__name__ for name in names}))
-            message = "%d quantized layers (of class %s; %s) are stored dense, because %s."
+            message = (
+                "%d quantized layers (of class %s; %s) are stored dense, because %s. To keep "
+                "their values, at the same size, add them to ignore."
+            )
             logger.warning(message, len(names), classes, min(names), why)
     return read
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoints.headers import StoredTensor
 from bitpress.checkpoints.shards import Shards
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, nearest_file
 
 
 class CannotStreamError(BitpressError):
@@ -163,7 +163,9 @@ def directory_of(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise CannotStreamError(f"{str(source)!r} is neither a directory nor found on the hub: {error}") from error
+        raise CannotStreamError(
+            f"{str(source)!r} is neither a directory nor found on the hub{nearest_file(path)} ({error})"
+        ) from error
 
 
 def _has_code(directory: Path) -> bool:

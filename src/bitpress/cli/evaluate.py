@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitpress.cli.app import app, spoken_errors
+from bitpress.cli.app import app, speaking
+from bitpress.cli.options import AsJson, Device, Quiet, TrustCode, Verbose
 
 
 @app.command()
@@ -44,11 +45,11 @@ def evaluate(  # noqa: PLR0913, PLR0917
     per_token: Annotated[
         Path | None, typer.Option(help="Write the figures of every token there: .safetensors or .json.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where it is computed: cpu, cuda, cuda:1; by default a GPU if there is one.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    device: Device = None,
+    trust_remote_code_model: TrustCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Say how good MODEL is: perplexity on a text, accuracy on questions, agreement with the original."""
     import json
@@ -57,12 +58,12 @@ def evaluate(  # noqa: PLR0913, PLR0917
     from bitpress.evaluation.tokens import check_file
 
     arguments: dict[str, Any] = dict(locals())
-    for name in ("package", "json", "check_file", "model", "dataset", "per_token", "as_json"):
+    for name in ("package", "json", "check_file", "model", "dataset", "per_token", "as_json", "quiet", "verbose"):
         arguments.pop(name)
-    with spoken_errors():
+    with speaking(quiet=quiet, verbose=verbose):
         if per_token is not None:
             check_file(per_token)
-        found = package.evaluate(model, dataset, **arguments)
+        found = package.evaluate(model, dataset, progress=False if quiet else None, **arguments)
         if per_token is not None:
             if found.tokens is None:
                 raise package.BitpressError("--per-token: no tokens were scored; give --dataset, a text.")

@@ -4,32 +4,38 @@ from typing import Annotated
 
 import typer
 
-from bitpress.cli.app import app, spoken_errors
+from bitpress.cli.app import app, speaking
+from bitpress.cli.options import AsJson, Device, Model, Quiet, RecipeArgs, RecipeName, TrustCode, Verbose
 
 
 @app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="Path or hub id of a transformers model.")],
-    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
-    arg: Annotated[list[str] | None, typer.Option(help="An argument of the recipe: NAME=VALUE. Repeatable.")] = None,
+def plan(  # noqa: PLR0913, PLR0917
+    model: Model,
+    recipe: RecipeName,
+    recipe_args: RecipeArgs = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Sequences.")] = 512,
     max_seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="Where it would be computed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
-    trust_remote_code_model: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    device: Device = None,
+    trust_remote_code_model: TrustCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Say what compressing MODEL would need: memory by what takes it, and disk. Nothing is run or written."""
+    """Say what compressing MODEL would need: memory by what takes it, and disk. Nothing is run or written.
+
+    The JSON is in bytes.
+    """
     import json
     from dataclasses import asdict
 
     import bitpress as package
     from bitpress.session.arguments import parse_assignments
 
-    with spoken_errors():
+    with speaking(quiet=quiet, verbose=verbose):
         needs = package.plan(
             model,
             recipe,
-            recipe_args=parse_assignments(arg or []),
+            recipe_args=parse_assignments(recipe_args or []),
             num_calibration_samples=num_calibration_samples,
             max_seq_length=max_seq_length,
             device=device,

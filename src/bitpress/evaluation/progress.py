@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitpress.console import stderr
 
 
 @contextmanager
@@ -21,6 +22,6 @@ def progress(what: str, total: int, *, show: bool | None = None) -> Iterator[Cal
         yield lambda _: None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=stderr()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

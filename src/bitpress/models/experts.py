@@ -158,7 +158,10 @@ class FusedExperts:
 
 @functools.cache
 def _say_routed(kind: str) -> None:
-    logger.warning("%s are called without an index of experts: each sees the tokens that the router sends it.", kind)
+    logger.warning(
+        "%s are called without an index of experts: each sees the tokens that the router sends it. Give more samples "
+        "if the report lists experts with few tokens.", kind,
+    )  # fmt: skip
 
 
 def fused_experts(module: nn.Module) -> FusedExperts | None:

@@ -112,12 +112,13 @@ def readable_activations(model: nn.Module, schemes: Mapping[str, QuantizationSch
     if of_experts:
         logger.warning(
             "servers will quantize the inputs of the experts (%d layers, %s first); here and in transformers, which "
-            "compute all experts at once, these stay as they are.",
+            "compute all experts at once, these stay as they are. Evaluate what is served.",
             len(of_experts), of_experts[0],
         )  # fmt: skip
     for kind, names in left.items():
         logger.warning(
-            "%d layers (%s; %s) keep their activations as they are: no reader of the checkpoint quantizes these.",
+            "%d layers (%s; %s) keep their activations as they are: no reader of the checkpoint quantizes these. A "
+            "scheme of weights alone for them says the same.",
             len(names), kind, names[0],
         )  # fmt: skip
     return readable

@@ -156,7 +156,10 @@ class AllocatingModifier(Modifier):
                 )
             if not any(of_group):
                 # Nothing is known of it: the largest is the safe choice.
-                logger.warning("%s: no gradient reached it in measuring; it has the largest scheme.", _label(group))
+                logger.warning(
+                    "%s: no gradient reached it in measuring; it has the largest scheme. Give data that reaches it.",
+                    _label(group),
+                )
                 by_size = [self._size(state, group, i) for i in range(len(of_group))]
                 group.schemes, of_group[:] = [group.schemes[by_size.index(max(by_size))]], [0.0]
         self._check_budget(state, groups)

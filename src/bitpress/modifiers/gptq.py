@@ -164,8 +164,8 @@ class GPTQModifier(QuantizationModifier):
             elif self.refine is not None and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "%s was not refined: there is no second batch of calibration to judge it by. Further layers of "
-                    "which that is true are not named.", problem.name,
+                    "%s was not refined: there is no second batch of calibration to judge it by. Give more samples, or "
+                    "a smaller batch_size. Further layers of which that is true are not named.", problem.name,
                 )  # fmt: skip
         return [solved[problem.name] for problem in problems]
 

@@ -304,7 +304,8 @@ class QuantizationModifier(AllocatingModifier):
                 )
         for pattern in self.ignore:
             if not any(is_match(name, module, pattern) for name, module in modules):
-                logger.warning("%s: ignore pattern %r matches nothing.", type(self).__name__, pattern)
+                message = "%s: ignore pattern %r matches nothing: look at the names of the layers, or leave it out."
+                logger.warning(message, type(self).__name__, pattern)
 
 
 PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]

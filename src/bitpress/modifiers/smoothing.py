@@ -56,7 +56,7 @@ def measured(state: State, mapping: ResolvedMapping) -> tuple[dict[str, nn.Modul
     if statistics and mapping.channel_map is not None:
         return targeted, list(statistics.values())
     logger.warning(
-        "%s is left alone: %s did not run in %s.",
+        "%s is left alone: %s did not run in %s. Give data that reaches it.",
         mapping.mapping,
         ", ".join(mapping.balance),
         "calibration" if not statistics else "the dry run, so that nothing proves the mapping",

@@ -96,7 +96,11 @@ def drop_shared_weights(model: nn.Module, schemes: dict[str, QuantizationScheme]
     for name in list(schemes):
         others = [n for n in users[_place(find_layer(model, name).weight)] if n != name]
         if others:
-            logger.warning("%s shares its weight with %s and is left alone.", name, ", ".join(others))
+            logger.warning(
+                "%s shares its weight with %s and is left alone: untie them if it is to be quantized.",
+                name,
+                ", ".join(others),
+            )
             del schemes[name]
 
 
@@ -122,6 +126,7 @@ def say_what_is_no_layer(model: nn.Module) -> None:
         share = sum(p.numel() for p in parameters) / total
         if share >= NOTABLE:
             logger.warning(
-                "%s of %d %s (%.0f%% of all parameters) is left alone: a parameter, not a linear layer.",
+                "%s of %d %s (%.0f%% of all parameters) is left alone: a parameter, not a linear layer. Hold it in "
+                "an nn.Linear if it is to be quantized.",
                 local, len(parameters), kind, 100 * share,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from bitpress.pipelines.solving import (
     is_held_out,
     make_collector,
     make_range_collector,
+    phases_of,
     solve,
     watched,
 )
@@ -36,11 +37,11 @@ def run_basic(
     if collector.wants_any or not ranges.wants_any:
         _calibrate(state, collector, data, on_progress)
     for index, block in enumerate(state.blocks):
-        on_progress(Progress(index, len(state.blocks), block.label, "solve"))
+        say = phases_of(block, index, len(state.blocks), on_progress)
         statistics = {name: s for name, s in collector.statistics.items() if name in block.layers}
         state.quantized = {}
         with changes.of(block, state.quantized), state.watch.phase("solve"):
-            solve(state, modifiers, block, statistics)
+            solve(state, modifiers, block, statistics, say)
     if ranges.wants_any:
         with changes.applied(state.model):
             _calibrate(state, ranges, data, on_progress)
@@ -51,8 +52,9 @@ def run_basic(
 
 def _calibrate(state: State, collector: InputCollector, data: CalibrationData, on_progress: OnProgress) -> None:
     with collector.watching(), state.watch.phase("calibrate"):
-        for index in state.ranks.mine(len(data.batches)):
+        mine = list(state.ranks.mine(len(data.batches)))
+        for done, index in enumerate(mine):
             batch = data.batches[index]
-            on_progress(Progress(0, len(state.blocks), f"batch {index + 1} of {len(data.batches)}", "calibrate"))
+            on_progress(Progress(done, len(mine), "", "calibrate", "batches"))
             with collector.batch(index, batch.mask(), held_out=is_held_out(index, len(data.batches))):
                 state.model(*batch.args, **batch.kwargs)

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from bitpress.checkpoints.changes import Changes
 from bitpress.models.linears import weight_matrix
 from bitpress.modifiers import Modifier, State
-from bitpress.pipelines.solving import OnProgress, Progress, finish, make_notes, solve, take_notes
+from bitpress.pipelines.solving import OnProgress, finish, make_notes, phases_of, solve, take_notes
 from bitpress.solvers import check_finite
 
 
 def run_datafree(state: State, modifiers: Sequence[Modifier], changes: Changes, on_progress: OnProgress) -> None:
     """Solve block after block; the model's forward is never run."""
     for index, block in enumerate(state.blocks):
-        on_progress(Progress(index, len(state.blocks), block.label, "solve"))
+        say = phases_of(block, index, len(state.blocks), on_progress)
         noted = changes.notes(block.name)
         if noted is not None:
             take_notes(state, block, noted)
@@ -23,6 +23,7 @@ def run_datafree(state: State, modifiers: Sequence[Modifier], changes: Changes, 
             for name, layer in block.layers.items():
                 check_finite(weight_matrix(layer), name)
             with changes.of(block, state.quantized), state.watch.phase("solve"):
-                solve(state, modifiers, block, {})
+                solve(state, modifiers, block, {}, say)
             finish(state, modifiers, block, {}, {})
+            say("write")
             changes.finish(block, {}, make_notes(state, block, first))

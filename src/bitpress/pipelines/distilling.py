@@ -52,22 +52,24 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
     training, held_out = data.batches[:-count], data.batches[-count:]
     student = _Student(state, changes)
     if not student.factors:
-        logger.warning("DistillationModifier has nothing to tune: the scales of these schemes are not free.")
+        logger.warning(
+            "DistillationModifier has nothing to tune, and can be left out: the scales of these schemes are not free."
+        )
         return
     with state.watch.phase("distill"), own_gradients_kept(state.model):
         for parameter in state.model.parameters():
             parameter.requires_grad_(False)
-        blocks = len(state.blocks)
-        on_progress(Progress(blocks, blocks, "held-out batches", "distill"))
+        steps = tuning.epochs * len(training)
+        on_progress(Progress(0, steps, "held-out batches", "distill", "steps"))
         losses = [_mean_loss(state.model, student, held_out)]
         best = student.values()
         optimizer = torch.optim.Adam(student.parameter_groups(tuning.learning_rate), betas=BETAS)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, tuning.epochs * len(training))
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         generator = torch.Generator().manual_seed(state.seed)
         for epoch in range(tuning.epochs):
             for step, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
-                where = f"epoch {epoch + 1}, batch {step + 1} of {len(training)}"
-                on_progress(Progress(blocks, blocks, where, "distill"))
+                done = epoch * len(training) + step
+                on_progress(Progress(done, steps, f"epoch {epoch + 1} of {tuning.epochs}", "distill", "steps"))
                 with torch.enable_grad():
                     _loss(state.model, student, training[index]).backward()
                 optimizer.step()

@@ -51,7 +51,7 @@ def measure(state: State, modifiers: Sequence[Modifier], data: CalibrationData |
     with state.watch.phase("measure"):
         with _only_weights(state, asking), replaced_forwards(state.blocks, keeping_inputs), torch.enable_grad():
             for index, batch in enumerate(draws):
-                on_progress(Progress(0, len(state.blocks), f"draw {index + 1} of {len(draws)}", "measure"))
+                on_progress(Progress(index, len(draws), "", "measure", "draws"))
                 likelihood, values, loss = _likelihood(state.model, batch, generator)
                 likelihood.backward()
                 count += values

@@ -68,7 +68,8 @@ def dry_run(state: State, probe: Batch) -> list[str]:
     for block in state.blocks:
         if not block.calls:
             logger.warning(
-                "%s did not run in the dry run: its layers are quantized without data, unless a later batch runs it.",
+                "%s did not run in the dry run: its layers are quantized without data, unless a later batch runs it. "
+                "Give data that reaches it, or add them to ignore.",
                 block.label,
             )
     return order

@@ -302,7 +302,7 @@ class _Schedule:
         noted = len(self.state.mapping_records)
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
-                solve(self.state, self.modifiers, block, collector.statistics)
+                solve(self.state, self.modifiers, block, collector.statistics, lambda who: self._say(block, who))
             ranges = make_range_collector(self.state, self.modifiers, [block])
             if ranges.wants_any:
                 self._calibrate(block, ranges, go_on=propagate, solved=True)
@@ -313,6 +313,7 @@ class _Schedule:
         activations = {
             n: tensors for n, tensors in self.state.activations.items() if block.holds(n) or n in block.layers
         }
+        self._say(block, "write")
         self.changes.finish(block, activations, make_notes(self.state, block, noted))
         self._count()
 
@@ -344,12 +345,13 @@ class _Schedule:
         if lost:
             logger.warning(
                 "%d of %d calibration batches go another way through the compressed model than through the original: "
-                "from there on nothing of theirs is corrected.", lost, len(self.masks),
+                "from there on nothing of theirs is corrected. If these are many, state error_correction=0.",
+                lost, len(self.masks),
             )  # fmt: skip
         if unpaired:
             logger.warning(
                 "%d layers (%s, ...) get tokens that the original model's router does not send them: "
-                "nothing of these is corrected.", len(unpaired), min(unpaired),
+                "nothing of these is corrected. Nothing needs to be done about it.", len(unpaired), min(unpaired),
             )  # fmt: skip
 
     def _say(self, block: Block, phase: str) -> None:

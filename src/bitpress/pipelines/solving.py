@@ -23,19 +23,28 @@ class Progress:
     """How far the pipeline is.
 
     Attributes:
-        done: blocks that are finished.
-        total: blocks in all.
+        done: blocks that are finished, or others that ``unit`` names.
+        total: of them in all.
         block: the current block, for people.
-        phase: "measure", "calibrate", "solve", "propagate" or "distill".
+        phase: "measure", "calibrate", "solve", "propagate", "write", "distill", or the name of the modifier that
+            solves.
+        unit: what is counted: "blocks"; "tensors" where no block is looked at; before and after the blocks "draws",
+            "batches" or "steps".
     """
 
     done: int
     total: int
     block: str
     phase: str
+    unit: str = "blocks"
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def phases_of(block: Block, done: int, total: int, on_progress: OnProgress) -> Callable[[str], None]:
+    """What to call with each phase of a block, before which ``done`` of ``total`` are finished."""
+    return lambda phase: on_progress(Progress(done, total, block.label, phase))
 
 
 def make_collector(
@@ -104,8 +113,22 @@ def finish(
         modifier.on_solved(state, block)
 
 
-def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics: dict[str, InputStatistics]) -> None:
-    """Let every modifier, in recipe order, solve the block, from what all ranks have seen."""
+def solve(
+    state: State,
+    modifiers: Sequence[Modifier],
+    block: Block,
+    statistics: dict[str, InputStatistics],
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Let every modifier, in recipe order, solve the block, from what all ranks have seen.
+
+    Args:
+        state: the state.
+        modifiers: the recipe's.
+        block: the block.
+        statistics: of its layers.
+        say: called with the name of each modifier before its turn.
+    """
     _merge_over_ranks(state, block, statistics)
     state.statistics, few = share_among_experts(block, statistics, state.min_expert_tokens)
     state.few_tokens |= few
@@ -113,6 +136,7 @@ def solve(state: State, modifiers: Sequence[Modifier], block: Block, statistics:
     note_inputs(state, block)
     note_rounding(state, block, NEAREST)
     for modifier in modifiers:
+        say(type(modifier).__name__.removesuffix("Modifier"))
         modifier.on_block(state, block)
         if type(modifier).on_block is not Modifier.on_block:
             note_rounding(state, block, type(modifier).__name__)

@@ -136,7 +136,7 @@ def run_by_tensors(
     with _Workers(state, plan, writer, journal) as workers, state.watch.phase("solve"):
         for finished in as_completed([workers.submit(group, unit) for group in groups for unit in group.units]):
             count += 1
-            on_progress(Progress(count, len(left), finished.result(), "solve"))
+            on_progress(Progress(count, len(left), finished.result(), "solve", "tensors"))
     if writer.missing():
         raise RuntimeError(f"{writer.missing()[0]} was not written")
     records = {name: record for entry in journal.entries.values() for name, record in entry[LAYERS].items()}

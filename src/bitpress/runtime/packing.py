@@ -92,5 +92,6 @@ def packable(model: nn.Module, layers: Iterable[str]) -> list[str]:
             continue
         left.setdefault(why, []).append(name)
     for why, names in left.items():
-        logger.warning("%d quantized layers (%s first) stay dense, because %s.", len(names), names[0], why)
+        message = "%d quantized layers (%s first) stay dense, because %s. They compute the same, at full size."
+        logger.warning(message, len(names), names[0], why)
     return packed

@@ -52,7 +52,10 @@ def move(model: nn.Module, device: torch.device, *, stated: bool) -> nn.Module:
                 f'{sizes}, which leaves too little for its compression: state device="cpu", or a recipe that streams '
                 "and output_dir, so that one block at a time is there."
             )
-        logger.warning("%s, which leaves too little for its compression: the CPU does it.", sizes)
+        logger.warning(
+            "%s, which leaves too little for its compression: the CPU does it. With output_dir, and a recipe that "
+            "streams, one block at a time is on the device.", sizes,
+        )  # fmt: skip
         return model
     return model.to(device)
 

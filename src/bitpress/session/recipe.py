@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, nearest_file
 from bitpress.modifiers.base import FieldError, Modifier, nearest
 from bitpress.session.arguments import defaults, escaped, fill_in, line, split_arguments
 
@@ -76,7 +76,7 @@ class Recipe:
     @classmethod
     def _from_file(cls, path: Path, args: Mapping[str, Any] | None) -> "Recipe":
         if not path.is_file():
-            raise BitpressError(f"the recipe file {path} does not exist.")
+            raise BitpressError(f"the recipe file {path} does not exist{nearest_file(path) or '.'}")
         try:
             text = path.read_text(encoding="utf-8")
         except ValueError as error:

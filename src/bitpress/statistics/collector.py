@@ -141,7 +141,10 @@ class InputCollector:
             statistics = InputStatistics(self._features[name], self._wanted[name], x.device)
         elif any(other is statistics for n, other in self._statistics.items() if n != name) and not self._leads(name):
             # Shared its input until now: from here on it has statistics of its own.
-            logger.warning("%s no longer shares its input with the layers it shared it with before.", name)
+            logger.warning(
+                "%s no longer shares its input with the layers it shared it with before: it has statistics of its own "
+                "from here on, and nothing needs to be done.", name,
+            )  # fmt: skip
             statistics = statistics.clone()
         self._statistics[name] = statistics
         statistics.update(_without_padding(x, self._mask, rows), held_out=self._held_out)

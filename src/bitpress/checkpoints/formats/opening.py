@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +25,16 @@ from bitpress.quantization import (
     QuantizationStrategy,
     QuantizationType,
     QuantizedWeight,
+    step_sizes,
 )
+from bitpress.quantization.scales import read_scale
 from bitpress.quantization.weights import read_grid
 
 COMPRESSED = "compressed-tensors"
 FOREIGN: Mapping[str, ModuleType] = {"awq": awq, "gptq": gptq}
+# Parts of a quantization_config, and why they are refused.
+UNREAD = {"sparsity_config": "is not read"}
+UNCONVERTED = {**UNREAD, **dict.fromkeys(("transform_config", "kv_cache_scheme"), "no other format holds")}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,6 @@ class Checkpoint:
         config: its config.json without what is said of quantization.
         stated: what is said of quantization.
         shards: its tensors.
-        structure: the names of the model's layers.
         layers: the quantized ones, by what their tensors' names begin with.
         dense: names of all other tensors.
         zeros: the least and the greatest of all signed zero points.
@@ -50,14 +55,18 @@ class Checkpoint:
     config: dict[str, Any]
     stated: dict[str, Any]
     shards: Shards
-    structure: Structure
     layers: dict[str, Layer]
     dense: list[str]
     zeros: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, directory: str | os.PathLike[str]) -> "Checkpoint":
+    def of(cls, directory: str | os.PathLike[str], *, to_convert: bool = True) -> "Checkpoint":
         """Open it; of the tensors only the zero points are read.
+
+        Args:
+            directory: of the checkpoint.
+            to_convert: refuse what no other format holds, and find out which grids are symmetric. False reads no zero
+                point, and leaves the grids of foreign formats asymmetric.
 
         Raises:
             BitpressError: there is none, it is not compressed, or holds what is not read; says what.
@@ -70,27 +79,47 @@ class Checkpoint:
         kind = stated.get("quant_method", COMPRESSED)
         shards = Shards.of(path)
         if kind == COMPRESSED:
-            opened = _compressed(path, config, stated, shards)
+            opened = _compressed(path, config, stated, shards, UNCONVERTED if to_convert else UNREAD)
         elif kind in FOREIGN:
             opened = _foreign(kind, path, config, stated, shards)
         else:
             raise BitpressError(f"{path} is of the format {kind!r}; read are {COMPRESSED}, {' and '.join(FOREIGN)}.")
         if not opened.layers:
             raise BitpressError(f"{path} holds no quantized layer: nothing to convert.")
-        return opened._with_zeros()
+        return opened._with_zeros() if to_convert else opened
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The names of the model's layers."""
+        shapes = {name: layer.shape for name, layer in self.layers.items()}
+        return Structure.of(self.shards.directory, self.shards, shapes)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the model."""
         return self.structure.dtype
 
-    def read(self, layer: Layer) -> QuantizedWeight:
-        """A layer's weight."""
+    def read(self, layer: Layer, dtype: torch.dtype | None = None) -> QuantizedWeight:
+        """A layer's weight.
+
+        Args:
+            layer: the layer.
+            dtype: for scales that are stored in a dtype of their own; that of the model if None.
+        """
         if self.format == COMPRESSED:
-            return PackedWeight.from_tensors(self._stored(layer, KINDS), layer.args, self.dtype).unpack()
+            stored = self._stored(layer, KINDS)
+            return PackedWeight.from_tensors(stored, layer.args, dtype or self.dtype).unpack()
         scale, zero_point = self._grid(layer)
         values = FOREIGN[self.format].points(layer, self._stored(layer, FOREIGN[self.format].POINTS))
         return QuantizedWeight(values, scale, zero_point, layer.args)
+
+    def steps(self, layer: Layer) -> Tensor:
+        """How far apart the points of a layer's grids are: float32, one for each scale that is stored."""
+        if self.format != COMPRESSED:
+            return self._stored(layer, ["scales"])["scales"].float()
+        stored = self._stored(layer, ("weight_scale", "weight_global_scale"))
+        scale = read_scale(stored["weight_scale"], layer.args, torch.float32)
+        return step_sizes(scale, stored.get("weight_global_scale")).float()
 
     def _grid(self, layer: Layer) -> tuple[Tensor, Tensor]:
         if self.format == COMPRESSED:
@@ -122,22 +151,39 @@ def _symmetric(layer: Layer) -> Layer:
     return replace(layer, scheme=layer.scheme.model_copy(update={"weights": args}))
 
 
-def _compressed(path: Path, config: dict[str, Any], stated: dict[str, Any], shards: Shards) -> Checkpoint:
-    for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+def _compressed(
+    path: Path, config: dict[str, Any], stated: dict[str, Any], shards: Shards, refused: Mapping[str, str]
+) -> Checkpoint:
+    for key, why in refused.items():
         if stated.get(key):
-            raise BitpressError(f"{path} has a {key}, which no other format holds.")
-    by_target = targets_of({"quantization_config": stated})
+            raise BitpressError(f"{path} has a {key}, which {why}.")
     shapes = dict(_shapes(shards))
-    structure = Structure.of(path, shards, shapes)
+    schemes = _schemes(path, stated, shards, shapes)
     layers = {}
     for name, shape in shapes.items():
-        scheme = scheme_for(structure.in_model.get(name, name), structure.module(name), by_target)
         if f"{name}.weight_g_idx" in shards:
-            raise BitpressError(f"{name} is quantized with act-order (weight_g_idx), which is not converted.")
-        layers[name] = Layer(name, shape, scheme)
+            raise BitpressError(f"{name} is quantized with act-order (weight_g_idx), which is not read.")
+        layers[name] = Layer(name, _loose(name, shape, schemes[name], shards), schemes[name])
     claimed = {f"{name}.{kind}" for name in layers for kind in KINDS}
     dense = [name for name in shards if name not in claimed]
-    return Checkpoint(COMPRESSED, config, stated, shards, structure, layers, dense)
+    return Checkpoint(COMPRESSED, config, stated, shards, layers, dense)
+
+
+def _loose(name: str, shape: tuple[int, int], scheme: QuantizationScheme, shards: Shards) -> tuple[int, int]:
+    """The shape of a weight of floats of 4 or 6 bits, of which ``shape`` counts bytes."""
+    packed = f"{name}.weight_packed" in shards and f"{name}.weight_shape" not in shards
+    return (shape[0], shape[1] * 8 // int(scheme.weights.num_bits)) if packed else shape
+
+
+def _schemes(
+    path: Path, stated: dict[str, Any], shards: Shards, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, QuantizationScheme]:
+    """The scheme of each quantized layer; which of several it is may take the model's structure to say."""
+    by_target = targets_of({"quantization_config": stated})
+    if len({scheme.model_dump_json(exclude={"targets"}) for scheme in by_target.values()}) == 1:
+        return dict.fromkeys(shapes, next(iter(by_target.values())))
+    structure = Structure.of(path, shards, shapes)
+    return {name: scheme_for(structure.in_model.get(name, name), structure.module(name), by_target) for name in shapes}
 
 
 def _shapes(shards: Shards) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -151,7 +197,7 @@ def _shapes(shards: Shards) -> Iterator[tuple[str, tuple[int, int]]]:
         else:
             whole = f"{name}.weight"
             stored = shards[whole if whole in shards else f"{name}.weight_packed"]
-            yield name, (stored.shape[0], stored.shape[-1])
+            yield name, (stored.shape[0], stored.shape[-1])  # of floats in less than 8 bits: bytes of a row
 
 
 def _foreign(kind: str, path: Path, config: dict[str, Any], stated: dict[str, Any], shards: Shards) -> Checkpoint:
@@ -178,7 +224,7 @@ def _foreign(kind: str, path: Path, config: dict[str, Any], stated: dict[str, An
     layers = {name: Layer(name, shape, schemes[name]) for name, shape in shapes.items()}
     claimed = {f"{name}.{each}" for name in layers for each in kinds}
     dense = [name for name in shards if name not in claimed]
-    return Checkpoint(kind, config, stated, shards, Structure.of(path, shards, shapes), layers, dense)
+    return Checkpoint(kind, config, stated, shards, layers, dense)
 
 
 def _args(bits: int, group: int, *, whole: bool) -> QuantizationArgs:

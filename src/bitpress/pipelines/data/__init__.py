@@ -94,10 +94,15 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
         if concatenate_data:
             raise BitpressError(f"concatenate_data=True joins texts or token ids, but {source.where} holds neither")
         if max_seq_length is not None:
-            logger.warning("max_seq_length is not applied: %s holds neither texts nor token ids", source.where)
+            logger.warning(
+                "max_seq_length is not applied: %s holds neither texts nor token ids. Cut them, or leave it out",
+                source.where,
+            )
     if isinstance(source, ReadyBatches):
         if batch_size != 1:
-            logger.warning("batch_size is not applied: %s holds ready batches", source.where)
+            logger.warning(
+                "batch_size is not applied: %s holds ready batches. Make these larger, or leave it out", source.where
+            )
         data = take_ready(source, num_calibration_samples, model)
     elif isinstance(source, SampleRows):
         draw = seed if shuffle_calibration_samples else None
@@ -116,7 +121,8 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
 
     if data.samples < num_calibration_samples:
         logger.warning(
-            "num_calibration_samples=%d, but %s gave only %d: calibrating with those",
+            "num_calibration_samples=%d, but %s gave only %d: calibrating with those. Give more data, "
+            "or ask for as many",
             num_calibration_samples,
             source.where,
             data.samples,

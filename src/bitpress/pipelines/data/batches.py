@@ -151,7 +151,9 @@ def take_ready(source: ReadyBatches, count: int, model: nn.Module | None) -> Cal
         raise BitpressError(f"{source.where} is empty")
     if dropped:
         logger.warning(
-            "left out %s of %s: the model's forward does not take it", ", ".join(sorted(dropped)), source.where
+            "left out %s of %s: the model's forward does not take it. Rename it if it should",
+            ", ".join(sorted(dropped)),
+            source.where,
         )
     return CalibrationData(batches, samples, tokens, sliceable=False)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, nearest_file
 
 Splits = str | Sequence[str] | Mapping[str, str] | None
 
@@ -40,7 +40,9 @@ def load_named(name: str | os.PathLike[str], splits: Splits, *, whole: bool) -> 
         loaded = _load_folder(path) if path.is_dir() else _load_file(path, whole=whole)
         return loaded if isinstance(loaded, list) else select_split(loaded, splits, f"the dataset {str(path)!r}")
     if isinstance(name, os.PathLike) or _looks_like_a_file(name):
-        raise BitpressError(f"the dataset file {str(name)!r} does not exist; check the path")
+        raise BitpressError(
+            f"the dataset file {str(name)!r} does not exist{nearest_file(Path(name)) or ': check the path'}"
+        )
     return _load_from_hub(name, splits)
 
 

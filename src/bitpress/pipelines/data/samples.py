@@ -173,7 +173,7 @@ def _report_empty(empty: int, left: int, where: str) -> None:
             f"{where} has nothing to calibrate with: " + (f"{empty} empty samples" if empty else "it is empty")
         )
     if empty:
-        logger.warning("dropped %d empty samples of %s", empty, where)
+        logger.warning("dropped %d empty samples of %s: if these are many, is text_column the right one?", empty, where)
 
 
 def _pieces(
