@@ -27,6 +27,7 @@ from bitpress.report.progress import progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
 from bitpress.session.devices import find_device, move, parameters_bytes
+from bitpress.session.foreign import take_arguments
 from bitpress.session.ondisk import OnDiskSession
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.streaming import StreamedSession
@@ -48,7 +49,7 @@ def oneshot(  # noqa: PLR0913
     dataset: Any = None,
     recipe: RecipeLike | None = None,
     *,
-    recipe_args: Mapping[str, Any] | None = None,
+    recipe_args: Mapping[str, Any] | Sequence[str] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     num_calibration_samples: int = 512,
@@ -56,6 +57,8 @@ def oneshot(  # noqa: PLR0913
     batch_size: int = 1,
     text_column: str = "text",
     splits: Any = None,
+    dataset_config_name: str | None = None,
+    dataset_path: str | os.PathLike[str] | None = None,
     shuffle_calibration_samples: bool = True,
     concatenate_data: bool = False,
     seed: int = 42,
@@ -74,6 +77,7 @@ def oneshot(  # noqa: PLR0913
     resume: bool = True,
     trust_remote_code_model: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> nn.Module:
     """Compress a model by a recipe.
 
@@ -89,10 +93,11 @@ def oneshot(  # noqa: PLR0913
         model: a module, changed in place; or the path or hub id of a transformers model; or a GGUF file, which
             transformers dequantizes to float32.
         dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a
-            hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
-            takes. Not needed by recipes without statistics.
-        recipe: modifiers in order, a YAML file or text, or the name of a shipped recipe.
-        recipe_args: values for the arguments of a YAML recipe: ``{"group_size": 64}``.
+            hub name or a short one ("open_platypus"), a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an
+            iterable of what the model's forward takes. Not needed by recipes without statistics.
+        recipe: modifiers in order, a YAML file or text, the name of a shipped recipe, or a list of these; names are
+            joined by a plus, too: "w4a16-balanced+kv-cache-fp8".
+        recipe_args: values for the arguments of YAML recipes: ``{"group_size": 64}``, or ``["group_size=64"]``.
         tokenizer: for text, or its path; taken from ``model`` where that is a path. Saved beside the model.
         processor: of a multimodal model, or its path; its tokenizer is used for text. Saved beside the model.
         num_calibration_samples: sequences (rows) that are used at most.
@@ -100,6 +105,8 @@ def oneshot(  # noqa: PLR0913
         batch_size: sequences that run together. 1 needs no padding; padding is left out of all statistics.
         text_column: of the dataset.
         splits: of the dataset, as ``datasets.load_dataset`` names them.
+        dataset_config_name: the configuration of a dataset on the hub.
+        dataset_path: of a file or folder, in place of ``dataset``.
         shuffle_calibration_samples: draw the samples at random, by ``seed``, instead of from the start.
         concatenate_data: join the texts and cut them to full sequences of ``max_seq_length``.
         seed: of everything random.
@@ -128,6 +135,8 @@ def oneshot(  # noqa: PLR0913
         resume: of a streamed run that was interrupted or killed: go on where it was. False starts over.
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
         progress: show it in the terminal; by default if there is one.
+        others: arguments of llm-compressor's ``oneshot``: each is taken, with a warning if it has no meaning here, or
+            refused with the way out; see :data:`bitpress.session.foreign.ARGUMENTS`.
 
     Returns:
         The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint. Of a streamed run
@@ -135,7 +144,11 @@ def oneshot(  # noqa: PLR0913
 
     Raises:
         BitpressError: what is wrong, where, and the way out; nothing has been changed or written.
+        TypeError: an argument that nobody has.
     """
+    take_arguments(others, [name for name in locals() if name != "others"])
+    dataset = dataset if dataset_path is None else dataset_path
+    pipeline = None if pipeline == "independent" else pipeline
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
     if isinstance(model, nn.Module) and device is not None:
@@ -171,6 +184,7 @@ def oneshot(  # noqa: PLR0913
             shuffle_calibration_samples=shuffle_calibration_samples,
             seed=seed,
             concatenate_data=concatenate_data,
+            dataset_config_name=dataset_config_name,
             model=of,
         )
 
