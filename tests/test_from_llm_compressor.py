@@ -118,7 +118,7 @@ oneshot(
 """,
     "a recipe in a file": HEAD + """
 with open(SAVE_DIR + ".yaml", "w") as file:
-    file.write("quant_stage: {quant_modifiers: {QuantizationModifier: {targets: [Linear], scheme: FP8, ignore: lm_head}}}")
+    file.write("quant_stage: {quant_modifiers: {QuantizationModifier: {scheme: FP8, ignore: lm_head}}}")
 oneshot(
     model=model, dataset="ultrachat_200k", splits="train_sft[:6]", recipe=SAVE_DIR + ".yaml", tokenizer=tokenizer,
     max_seq_length=24, num_calibration_samples=6,
@@ -159,7 +159,10 @@ def model_id(tmp_path_factory):
 def hub(monkeypatch):
     """A hub with two datasets, for what asks datasets.load_dataset."""
     texts = sentences(12, 40)
-    chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in zip(texts, texts[::-1])]
+    chats = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a, b in zip(texts, texts[::-1], strict=True)
+    ]
     tables = {
         "chat": datasets.Dataset.from_dict({"messages": chats}),
         "garage-bAInd/Open-Platypus": datasets.Dataset.from_dict({"instruction": texts, "output": texts[::-1]}),
@@ -225,7 +228,7 @@ def test_its_short_names_ask_for_what_they_stand_for(hub, model_id):
 def test_texts_of_the_short_names_are_made_of_columns(name):
     text = known.KNOWN[name].text
     columns = re.findall(r"{(\w+)}", text or "")
-    table = datasets.Dataset.from_dict({column: WORDS[:2] for column in columns} or {"text": WORDS[:2]})
+    table = datasets.Dataset.from_dict(dict.fromkeys(columns, WORDS[:2]) or {"text": WORDS[:2]})
     found = known.KNOWN[name].with_texts(table)["text"]
     assert list(found) == ["\n\n".join([word] * max(1, len(columns))) for word in WORDS[:2]]
 

@@ -27,8 +27,16 @@ def comment(name):
     return [line[2:] for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
 
 
-def small():
-    return tiny.llama(hidden_size=128, intermediate_size=128, num_hidden_layers=1).to(torch.bfloat16)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Widths that groups of 128 divide."""
+    folder = tmp_path_factory.mktemp("source")
+    tiny.llama(hidden_size=128, intermediate_size=128, num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+def read(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,13 +50,13 @@ def test_the_comment_is_short(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_evaluated_is_what_is_loaded(name, tmp_path):
-    model = small()
+def test_what_is_evaluated_is_what_is_loaded(name, source, tmp_path):
+    model = read(source)
     before = tiny.logits(model)
     data = None if "without data" in " ".join(comment(name)) else token_ids(4)
     options = {"recipe_args": NEEDED.get(name), "num_calibration_samples": 4}
     if data is not None:
-        with pytest.raises(BitpressError, match="no dataset was given|needs calibration data"):
+        with pytest.raises(BitpressError, match=r"no dataset was given|needs calibration data"):
             oneshot(model, None, name, **options)
     oneshot(model, data, name, **options)
     check_schemes(name, model)
@@ -57,7 +65,7 @@ def test_what_is_evaluated_is_what_is_loaded(name, tmp_path):
     assert 0 < (found - before).norm() < before.norm()
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(tiny.logits(bitpress.load(tmp_path / "out", packed=False)), found)
-    assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)), found)
+    assert torch.equal(tiny.logits(read(tmp_path / "out")), found)
 
 
 def check_schemes(name, model):
@@ -77,26 +85,27 @@ def check_schemes(name, model):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("gguf-")])
-def test_the_grids_of_gguf_fit_it(name, tmp_path):
+def test_the_grids_of_gguf_fit_it(name, source, tmp_path):
     pytest.importorskip("gguf")
-    oneshot(small(), token_ids(2), name, num_calibration_samples=2, output_dir=tmp_path / "out", format="gguf")
-    assert (tmp_path / "out" / "model.gguf").stat().st_size > 0
+    out = tmp_path / "out"
+    oneshot(read(source), token_ids(2), name, num_calibration_samples=2, output_dir=out, format="gguf")
+    assert (out / "model.gguf").stat().st_size > 0
 
 
-def test_arguments_reach_the_schemes():
+def test_arguments_reach_the_schemes(source):
     for name in RECIPES:
         assert set(NEEDED.get(name, {})) == {n for n, v in arguments_of(RECIPES[name]).items() if v is None}
-    model = small()
+    model = read(source)
     oneshot(model, None, "preset", recipe_args={"scheme": "W4A4", "ignore": ["lm_head", "re:.*down_proj"]})
     mlp = model.model.layers[0].mlp
     assert mlp.up_proj.quantization_scheme.input_activations.num_bits == 4
     assert not hasattr(mlp.down_proj, "quantization_scheme")
 
 
-def test_a_cache_on_top(tmp_path):
-    model = small()
+def test_a_cache_on_top(source, tmp_path):
+    model = read(source)
     oneshot(model, token_ids(2), "w8a8-dynamic+kv-cache-fp8", num_calibration_samples=2, output_dir=tmp_path / "out")
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).config.quantization_config
+    config = read(tmp_path / "out").config.quantization_config
     written = config if isinstance(config, dict) else config.to_dict()
     scheme = written.get("kv_cache_scheme") or written["quantization_config"]["kv_cache_scheme"]
     assert scheme["num_bits"] == 8

@@ -159,7 +159,9 @@ def test_each_of_several_takes_the_arguments_that_it_has():
     assert recipe.modifiers[2].kv_cache_scheme.strategy == "attn_head"
     shared = Recipe.of(["w4a16", "w8a16"], {"ignore": ["x"]})
     assert [m.ignore for m in shared.modifiers] == [["x"], ["x"]]
-    with pytest.raises(BitpressError, match=r"w4a16-fast\.yaml, kv-cache-fp8\.yaml: no argument is called 'bit'.*'bits'"):
+    with pytest.raises(
+        BitpressError, match=r"w4a16-fast\.yaml, kv-cache-fp8\.yaml: no argument is called 'bit'.*'bits'"
+    ):
         Recipe.of("w4a16-fast+kv-cache-fp8", {"bit": 3})
     with pytest.raises(BitpressError, match="no recipe is called 'kv-cash'"):
         Recipe.of("w4a16-fast+kv-cash")

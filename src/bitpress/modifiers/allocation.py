@@ -107,7 +107,7 @@ class AllocatingModifier(Modifier):
         return found
 
     def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
-        """A scheme with what the modifier's other fields say of it."""
+        """The ``scheme`` with what the modifier's other fields say of it."""
         return scheme
 
     def candidates(self, model: nn.Module, names: Collection[str]) -> dict[str, list[QuantizationScheme]]:

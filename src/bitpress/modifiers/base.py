@@ -59,7 +59,7 @@ class Modifier(BaseModel):
 
     @classmethod
     def translated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields without those of other tools that have no meaning here.
+        """Of ``fields`` by name, those without the ones of llm-compressor that have no meaning here.
 
         Raises:
             FieldError: one that asks for what is not done.

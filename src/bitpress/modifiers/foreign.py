@@ -20,15 +20,20 @@ class Foreign:
         instead: what there is in its place: the end of the warning, or of the error.
         same: values that ask for what is done anyway.
         refused: True if another value asks for what is not done.
+        silent: True if nothing is lost, whatever the value.
     """
 
     instead: str
     same: tuple[Any, ...] = (None,)
     refused: bool = False
+    silent: bool = False
 
     def take(self, name: str, value: Any, where: str) -> str | None:
-        """Why ``value`` cannot be taken; None if it can, with a warning where that leaves something out."""
-        if any(value is each or (type(value) is type(each) and value == each) for each in self.same):
+        """Why ``value`` of field ``name``, of the modifier or function ``where``, cannot be taken; None if it can.
+
+        That it means nothing here is warned of.
+        """
+        if self.silent or any(value is each or (type(value) is type(each) and value == each) for each in self.same):
             return None
         if self.refused:
             return f"{where}: {name}={value!r} of llm-compressor is not supported: {self.instead}"
@@ -43,9 +48,9 @@ _MINMAX = (None, "static_minmax", "minmax", "memoryless_minmax")
 _SEQUENTIAL = "blocks are found; oneshot(sequential_targets=...) states them."
 
 OF_ALL: Mapping[str, Foreign] = {
-    "requires_calibration_data": Foreign("the modifier knows.", (None, True, False)),
-    "index": Foreign("modifiers run in the order in which they stand."),
-    "group": Foreign("stages are not told apart."),
+    "requires_calibration_data": Foreign("the modifier knows.", silent=True),
+    "index": Foreign("modifiers run in the order in which they stand.", silent=True),
+    "group": Foreign("stages are not told apart.", silent=True),
     "start": _ONE_SHOT,
     "end": _ONE_SHOT,
     "update": _ONE_SHOT,

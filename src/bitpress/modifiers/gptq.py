@@ -83,7 +83,7 @@ class GPTQModifier(QuantizationModifier):
         return "static" if value == "weight" else value or None
 
     def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
-        """See :meth:`QuantizationModifier.completed`: with ``actorder``.
+        """See :meth:`QuantizationModifier.completed`: ``scheme`` with ``actorder``.
 
         Raises:
             BitpressError: the scheme states another.

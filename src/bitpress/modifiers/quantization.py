@@ -101,6 +101,13 @@ class QuantizationModifier(AllocatingModifier):
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _targets_of_presets(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not all(isinstance(name, str) and is_preset_scheme(name) for name in value):
+            return value
+        return {name: [target] if isinstance(target, str) else target for name, target in value.items()}
+
     @field_validator("weight_observer")
     @classmethod
     def _known_observer(cls, value: str | None) -> str | None:
@@ -118,7 +125,7 @@ class QuantizationModifier(AllocatingModifier):
 
     @classmethod
     def translated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`Modifier.translated`. ``observer``, one for each of weights, input and output, is taken apart."""
+        """See :meth:`Modifier.translated`; of ``fields``, ``observer`` is taken apart, by what it observes."""
         if "observer" not in fields:
             return super().translated(fields)
         rest = {name: value for name, value in fields.items() if name != "observer"}
@@ -128,7 +135,7 @@ class QuantizationModifier(AllocatingModifier):
         return super().translated({**rest, **{OBSERVED[of]: name for of, name in stated.items()}})
 
     def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
-        """See :meth:`AllocatingModifier.completed`: with ``weight_observer``."""
+        """See :meth:`AllocatingModifier.completed`: ``scheme`` with ``weight_observer``."""
         if scheme.weights is None or self.weight_observer is None:
             return scheme
         return with_weights(scheme, observer=self.weight_observer)

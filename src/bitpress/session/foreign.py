@@ -11,7 +11,7 @@ _LOADED = "load it with datasets.load_dataset, and pass what that gives as datas
 _WAITING = "activations= says where batches wait."
 
 ARGUMENTS: Mapping[str, Foreign] = {
-    "clear_sparse_session": Foreign("there is no session that lasts.", (None, True, False)),
+    "clear_sparse_session": Foreign("there is no session that lasts.", silent=True),
     "config_name": Foreign("load the model with its config, and pass it.", refused=True),
     "data_collator": Foreign(
         "pass a DataLoader that has it as its collate_fn.", (None, "truncation", "padding"), refused=True
@@ -32,7 +32,7 @@ ARGUMENTS: Mapping[str, Foreign] = {
     "propagate_error": Foreign(
         'pipeline="basic" shows each block what the original model gives.', (None, True), refused=True
     ),
-    "quantization_aware_calibration": Foreign("it has none there either.", (None, True, False)),
+    "quantization_aware_calibration": Foreign("it has none there either.", silent=True),
     "raw_kwargs": Foreign(_LOADED, (None, {}), refused=True),
     "remove_columns": Foreign("columns that nobody reads are left out."),
     "sequential_offload_device": Foreign(_WAITING, (None, "cpu")),
