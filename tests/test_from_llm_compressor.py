@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -13,11 +14,9 @@ from transformers import AutoModelForCausalLM
 import bitpress
 from bitpress.pipelines.data import known
 
-# The change: what docs/from-llm-compressor.md says, too.
-IMPORTS = [
-    (r"from llmcompressor\.modifiers[\w.]* import", "from bitpress.modifiers import"),
-    (r"from llmcompressor(\.entrypoints|\.transformers)? import", "from bitpress import"),
-]
+# The change, as the page tells a user to make it.
+PAGE = Path(__file__).parents[1] / "docs" / "from-llm-compressor.md"
+IMPORTS = re.findall(r"\bs/(from .*?)/(from .*?)/", PAGE.read_text())
 HEAD = """
 import torch
 from datasets import load_dataset
@@ -185,6 +184,7 @@ def hub(monkeypatch):
 def with_our_imports(text):
     for theirs, ours in IMPORTS:
         text = re.sub(theirs, ours, text)
+    assert len(IMPORTS) == 2
     assert "llmcompressor" not in text
     return text
 
