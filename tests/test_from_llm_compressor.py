@@ -9,10 +9,12 @@ import pytest
 import tiny
 import torch
 from compressing import WORDS, sentences, tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitpress
-from bitpress.pipelines.data import known
+from bitpress import oneshot
+from bitpress.modifiers import QuantizationModifier
+from bitpress.pipelines.data import known, prepare
 
 # The change, as the page tells a user to make it.
 PAGE = Path(__file__).parents[1] / "docs" / "from-llm-compressor.md"
@@ -207,9 +209,7 @@ def test_only_the_imports_change(name, model_id, hub, tmp_path):
 
 
 def test_its_short_names_ask_for_what_they_stand_for(hub, model_id):
-    words = bitpress.oneshot.__globals__["_loaded"]("AutoTokenizer", model_id, False)
-    from bitpress.pipelines.data import prepare
-
+    words = AutoTokenizer.from_pretrained(model_id)
     asked = {"tokenizer": words, "shuffle_calibration_samples": False, "num_calibration_samples": 1}
     data = prepare("open_platypus", **asked)
     text = words.decode(data.batches[0].kwargs["input_ids"][0])
@@ -235,9 +235,6 @@ def test_texts_of_the_short_names_are_made_of_columns(name):
 
 def test_weights_alone_from_file_to_file(model_id, tmp_path):
     """What its model_free_ptq does: no model is built."""
-    from bitpress import oneshot
-    from bitpress.modifiers import QuantizationModifier
-
     oneshot(model_id, recipe=QuantizationModifier(scheme="FP8_BLOCK", ignore=["lm_head"]), output_dir=tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
     oneshot(expected, recipe=QuantizationModifier(scheme="FP8_BLOCK", ignore=["lm_head"]))

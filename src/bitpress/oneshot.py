@@ -98,7 +98,8 @@ def oneshot(  # noqa: PLR0913
         recipe: modifiers in order, a YAML file or text, the name of a shipped recipe, or a list of these; names are
             joined by a plus, too: "w4a16-balanced+kv-cache-fp8".
         recipe_args: values for the arguments of YAML recipes: ``{"group_size": 64}``, or ``["group_size=64"]``.
-        tokenizer: for text, or its path; taken from ``model`` where that is a path. Saved beside the model.
+        tokenizer: for text, or its path; taken from ``model`` where that is a path, or was loaded from one. Saved
+            beside the model.
         processor: of a multimodal model, or its path; its tokenizer is used for text. Saved beside the model.
         num_calibration_samples: sequences (rows) that are used at most.
         max_seq_length: tokens per sequence at most; by default the tokenizer's limit, or 2048.
@@ -157,7 +158,7 @@ def oneshot(  # noqa: PLR0913
     steps = Recipe.of(recipe, recipe_args)
     output = _Destination(output_dir, save_compressed, format, overwrite, max_shard_size)
     output.check()
-    if not isinstance(model, nn.Module) and tokenizer is None and processor is None:
+    if tokenizer is None and processor is None and (not isinstance(model, nn.Module) or dataset is not None):
         tokenizer = _find_tokenizer(model, trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
@@ -331,7 +332,7 @@ def _started(
     return session
 
 
-def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
+def _loaded(kind: str, given: Any, trust_remote_code: bool, **options: Any) -> Any:
     """What the user gave, or what it names."""
     if not _is_name(given):
         return given
@@ -339,15 +340,21 @@ def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
 
     place, file = split_gguf(given)
     try:
-        return getattr(transformers, kind).from_pretrained(place, trust_remote_code=trust_remote_code, **file)
+        return getattr(transformers, kind).from_pretrained(
+            place, trust_remote_code=trust_remote_code, **file, **options
+        )
     except (OSError, ValueError) as error:
         raise BitpressError(f"{kind} finds nothing in {str(given)!r}: {error}") from error
 
 
-def _find_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model, or None."""
+def _find_tokenizer(model: nn.Module | str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model, or beside what it was loaded from if that is on this machine; None without one."""
+    in_memory = isinstance(model, nn.Module)
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") if in_memory else model
+    if not source:
+        return None
     try:
-        return _loaded("AutoTokenizer", source, trust_remote_code)
+        return _loaded("AutoTokenizer", source, trust_remote_code, **({"local_files_only": True} if in_memory else {}))
     except Exception as error:  # whatever a tokenizer's own code lacks: the data may need none
         logger.info("%s", error)
         return None
