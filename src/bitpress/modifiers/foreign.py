@@ -41,9 +41,7 @@ class Foreign:
         return None
 
 
-_ONE_SHOT = Foreign(
-    "bitpress compresses at once, not in training: leave it out.", (None, -1, -1.0, 0, 0.0), refused=True
-)
+_ONE_SHOT = Foreign("bitpress does not train: leave it out.", (None, -1, -1.0, 0, 0.0), refused=True)
 _MINMAX = (None, "static_minmax", "minmax", "memoryless_minmax")
 _SEQUENTIAL = "blocks are found; oneshot(sequential_targets=...) states them."
 
