@@ -29,6 +29,7 @@ from bitpress.report.progress import preparing, progress_display
 from bitpress.report.summary import summarize
 from bitpress.session import Recipe, Session
 from bitpress.session.devices import find_device, move, parameters_bytes
+from bitpress.session.foreign import take_arguments
 from bitpress.session.ondisk import OnDiskSession
 from bitpress.session.recipe import RecipeLike
 from bitpress.session.streaming import StreamedSession
@@ -52,7 +53,7 @@ def oneshot(  # noqa: PLR0913
     dataset: Any = None,
     recipe: RecipeLike | None = None,
     *,
-    recipe_args: Mapping[str, Any] | None = None,
+    recipe_args: Mapping[str, Any] | Sequence[str] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     num_calibration_samples: int = 512,
@@ -60,6 +61,8 @@ def oneshot(  # noqa: PLR0913
     batch_size: int = 1,
     text_column: str = "text",
     splits: Any = None,
+    dataset_config_name: str | None = None,
+    dataset_path: str | os.PathLike[str] | None = None,
     shuffle_calibration_samples: bool = True,
     concatenate_data: bool = False,
     seed: int = 42,
@@ -78,6 +81,7 @@ def oneshot(  # noqa: PLR0913
     resume: bool = True,
     trust_remote_code_model: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> nn.Module:
     """Compress a model by a recipe.
 
@@ -93,17 +97,21 @@ def oneshot(  # noqa: PLR0913
         model: a module, changed in place; or the path or hub id of a transformers model; or a GGUF file, which
             transformers dequantizes to float32.
         dataset: calibration data: strings, lists of token ids, a ``datasets`` dataset (text, messages or input_ids), a
-            hub name, a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an iterable of what the model's forward
-            takes. Not needed by recipes without statistics.
-        recipe: modifiers in order, a YAML file or text, or the name of a shipped recipe.
-        recipe_args: values for the arguments of a YAML recipe: ``{"group_size": 64}``.
-        tokenizer: for text, or its path; taken from ``model`` where that is a path. Saved beside the model.
+            hub name or a short one ("open_platypus"), a .txt, .jsonl, .parquet or .csv path, a DataLoader, or an
+            iterable of what the model's forward takes. Not needed by recipes without statistics.
+        recipe: modifiers in order, a YAML file or text, the name of a shipped recipe, or a list of these; names are
+            joined by a plus, too: "w4a16-balanced+kv-cache-fp8".
+        recipe_args: values for the arguments of YAML recipes: ``{"group_size": 64}``, or ``["group_size=64"]``.
+        tokenizer: for text, or its path; taken from ``model`` where that is a path, or was loaded from one. Saved
+            beside the model.
         processor: of a multimodal model, or its path; its tokenizer is used for text. Saved beside the model.
         num_calibration_samples: sequences (rows) that are used at most.
         max_seq_length: tokens per sequence at most; by default the tokenizer's limit, or 2048.
         batch_size: sequences that run together. 1 needs no padding; padding is left out of all statistics.
         text_column: of the dataset.
         splits: of the dataset, as ``datasets.load_dataset`` names them.
+        dataset_config_name: the configuration of a dataset on the hub.
+        dataset_path: of a file or folder, in place of ``dataset``.
         shuffle_calibration_samples: draw the samples at random, by ``seed``, instead of from the start.
         concatenate_data: join the texts and cut them to full sequences of ``max_seq_length``.
         seed: of everything random.
@@ -133,6 +141,8 @@ def oneshot(  # noqa: PLR0913
         trust_remote_code_model: let transformers run code that comes with a checkpoint.
         progress: False shows none; by default it is shown as two live lines in a terminal, and elsewhere as a line
             every ten seconds at most. True shows what the run will need without a terminal, too.
+        others: arguments of llm-compressor's ``oneshot``: each is taken, with a warning if it has no meaning here, or
+            refused with the way out; see :data:`bitpress.session.foreign.ARGUMENTS`.
 
     Returns:
         The model, with the dequantized weights; ``save_pretrained`` writes the compressed checkpoint. Of a streamed run
@@ -140,7 +150,11 @@ def oneshot(  # noqa: PLR0913
 
     Raises:
         BitpressError: what is wrong, where, and the way out; nothing has been changed or written.
+        TypeError: an argument that nobody has.
     """
+    take_arguments(others, [name for name in locals() if name != "others"])
+    dataset = dataset if dataset_path is None else dataset_path
+    pipeline = None if pipeline == "independent" else pipeline
     if recipe is None:
         raise BitpressError("oneshot needs a recipe: modifiers, a YAML file, or the name of a shipped recipe.")
     if isinstance(model, nn.Module) and device is not None:
@@ -149,7 +163,7 @@ def oneshot(  # noqa: PLR0913
     steps = Recipe.of(recipe, recipe_args)
     output = _Destination(output_dir, save_compressed, format, overwrite, max_shard_size)
     output.check()
-    if not isinstance(model, nn.Module) and tokenizer is None and processor is None:
+    if tokenizer is None and processor is None and (not isinstance(model, nn.Module) or dataset is not None):
         tokenizer = _find_tokenizer(model, trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
@@ -176,6 +190,7 @@ def oneshot(  # noqa: PLR0913
             shuffle_calibration_samples=shuffle_calibration_samples,
             seed=seed,
             concatenate_data=concatenate_data,
+            dataset_config_name=dataset_config_name,
             model=of,
         )
 
@@ -338,7 +353,7 @@ def _figures(session: Session) -> dict[str, Any]:
     }
 
 
-def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
+def _loaded(kind: str, given: Any, trust_remote_code: bool, **options: Any) -> Any:
     """What the user gave, or what it names."""
     if not _is_name(given):
         return given
@@ -346,15 +361,21 @@ def _loaded(kind: str, given: Any, trust_remote_code: bool) -> Any:
 
     place, file = split_gguf(given)
     try:
-        return getattr(transformers, kind).from_pretrained(place, trust_remote_code=trust_remote_code, **file)
+        return getattr(transformers, kind).from_pretrained(
+            place, trust_remote_code=trust_remote_code, **file, **options
+        )
     except (OSError, ValueError) as error:
         raise BitpressError(f"{kind} finds nothing in {str(given)!r}: {error}") from error
 
 
-def _find_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model, or None."""
+def _find_tokenizer(model: nn.Module | str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model, or beside what it was loaded from if that is on this machine; None without one."""
+    in_memory = isinstance(model, nn.Module)
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") if in_memory else model
+    if not source:
+        return None
     try:
-        return _loaded("AutoTokenizer", source, trust_remote_code)
+        return _loaded("AutoTokenizer", source, trust_remote_code, **({"local_files_only": True} if in_memory else {}))
     except Exception as error:  # whatever a tokenizer's own code lacks: the data may need none
         logger.info("%s", error)
         return None

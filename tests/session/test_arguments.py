@@ -141,8 +141,8 @@ def test_what_is_wrong_is_refused_with_its_line(case):
 
 
 def test_arguments_for_a_recipe_without_any():
-    with pytest.raises(BitpressError, match=r"w8a16\.yaml has no arguments, but 'bits' is given"):
-        Recipe.of("w8a16", {"bits": 4})
+    with pytest.raises(BitpressError, match=r"awq-w4a16-asym-g64\.yaml has no arguments, but 'bits' is given"):
+        Recipe.of("awq-w4a16-asym-g64", {"bits": 4})
 
 
 @pytest.mark.parametrize("source", [QuantizationModifier(scheme="W4A16"), Recipe.of("w8a16")], ids=type)
@@ -153,8 +153,14 @@ def test_arguments_for_modifiers(source):
 
 
 def test_arguments_that_are_no_mapping():
-    with pytest.raises(BitpressError, match="recipe_args is a list"):
-        Recipe.of(RECIPE, ["bits=3"])
+    with pytest.raises(BitpressError, match="recipe_args is a set"):
+        Recipe.of(RECIPE, {"bits=3"})
+
+
+def test_arguments_as_texts():
+    assert Recipe.of(RECIPE, ["bits=3", "size = 64"]) == Recipe.of(RECIPE, {"bits": 3, "size": 64})
+    with pytest.raises(BitpressError, match="--arg bits has no value"):
+        Recipe.of(RECIPE, ["bits"])
 
 
 def test_nothing_is_evaluated():

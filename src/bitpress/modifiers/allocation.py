@@ -106,6 +106,10 @@ class AllocatingModifier(Modifier):
             found[label] = scheme.model_copy(update={"targets": own})
         return found
 
+    def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
+        """The ``scheme`` with what the modifier's other fields say of it."""
+        return scheme
+
     def candidates(self, model: nn.Module, names: Collection[str]) -> dict[str, list[QuantizationScheme]]:
         """See :meth:`Modifier.candidates`."""
         if self.choose_from is None:

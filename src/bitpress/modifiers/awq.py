@@ -1,7 +1,7 @@
 """AWQModifier: scale the channels that activations make important, so that quantization hurts them less."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from compressed_tensors.utils import is_match
 from pydantic import Field, PrivateAttr, field_validator
@@ -10,6 +10,7 @@ from torch import nn
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.foreign import OF_AWQ, Foreign
 from bitpress.modifiers.fused import choose_global_scales
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.observers import states_observer
@@ -53,6 +54,8 @@ class AWQModifier(QuantizationModifier):
     n_grid: int = Field(default=20, ge=1)
     clip: bool = True
 
+    foreign: ClassVar[Mapping[str, Foreign]] = OF_AWQ
+
     _resolved: dict[str, list[ResolvedMapping]] = PrivateAttr(default_factory=dict)
     _balanced: set[str] = PrivateAttr(default_factory=set)
 
@@ -80,7 +83,8 @@ class AWQModifier(QuantizationModifier):
                 symmetric=True if self.symmetric is None else self.symmetric,
                 group_size=self.group_size or DEFAULT_GROUP_SIZE,
             )
-            return {"group_0": QuantizationScheme(targets=list(self.targets), weights=weights)}
+            scheme = QuantizationScheme(targets=list(self.targets), weights=weights)
+            return {"group_0": self.completed(scheme)}
         for label, group in groups.items():
             if group.weights is not None:
                 self._check_agreement(group.weights, f"its own {label}")

@@ -1,7 +1,7 @@
 """The base of all modifiers: fields that are checked, and the events that a modifier may answer."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
+from bitpress.modifiers.foreign import OF_ALL, Foreign
 from bitpress.modifiers.state import Measured, State
 from bitpress.quantization import QuantizationScheme
 from bitpress.statistics import Statistic
@@ -32,6 +33,8 @@ class Modifier(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     known: ClassVar[dict[str, type["Modifier"]]] = {}
+    # Fields of other tools' recipes, by name.
+    foreign: ClassVar[Mapping[str, Foreign]] = OF_ALL
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -40,6 +43,7 @@ class Modifier(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         """Check the fields; an unknown name or a wrong value is a BitpressError that says which."""
+        fields = type(self).translated(fields)
         for name in fields:
             if name not in type(self).model_fields:
                 message = f"{type(self).__name__} has no field {name!r}{nearest(name, list(type(self).model_fields))}"
@@ -52,6 +56,23 @@ class Modifier(BaseModel):
             problems = "; ".join(f"{place}: {message}" if place else message for place, message in places)
             field = str(next(iter(error.errors()[0]["loc"]), ""))
             raise FieldError(f"{type(self).__name__}: {problems}", field) from error
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Of ``fields`` by name, those without the ones of llm-compressor that have no meaning here.
+
+        Raises:
+            FieldError: one that asks for what is not done.
+        """
+        own = {}
+        for name, value in fields.items():
+            if name in cls.model_fields or name not in cls.foreign:
+                own[name] = value
+                continue
+            problem = cls.foreign[name].take(name, value, cls.__name__)
+            if problem is not None:
+                raise FieldError(problem, name)
+        return own
 
     @property
     def states_scheme(self) -> bool:

@@ -1,19 +1,23 @@
 """GPTQModifier: let the columns that are not rounded yet make up for the error of those that are."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from compressed_tensors.quantization import ActivationOrdering
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 from torch import Tensor
 
+from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
+from bitpress.modifiers.foreign import OF_GPTQ, Foreign
 from bitpress.modifiers.fused import choose_global_scales
-from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.quantization import QuantizationModifier, with_weights
 from bitpress.modifiers.sharing import UNIT, Cost, Problem, factored_cost, joined_rows, search_ranges
 from bitpress.modifiers.state import State
-from bitpress.quantization import QuantizedWeight
+from bitpress.quantization import QuantizationScheme, QuantizedWeight
 from bitpress.ranks import Found, Piece, Work, share_out
 from bitpress.solvers import (
     GPTQ,
@@ -31,13 +35,15 @@ class GPTQModifier(QuantizationModifier):
     """GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323) in place of round-to-nearest.
 
     It takes the scheme as a QuantizationModifier does. After an AWQModifier it uses the rescaled statistics and the
-    ranges that were chosen there. ``actorder="static"`` in the scheme rounds the most active columns first.
+    ranges that were chosen there.
 
     Attributes:
         dampening_frac: share of the mean of the Gram matrix's diagonal that is added to it. The usual 0.01 lets GPTQ
             hide its errors in directions that few calibration tokens happened to use: with so little, text unlike the
             calibration's fares worse than with AWQ alone (docs/benchmarks.md). It grows where the matrix cannot be
             factored even so, which is warned of.
+        actorder: "static" rounds the most active columns first, at no cost when the model runs; None rounds them in
+            turn. Where it is not stated, a scheme may say so (``actorder``), and "static" holds for one that does not.
         block_size: columns whose errors are passed on at once.
         refine: rounds of refinement after GPTQ: in each, a sweep of coordinate descent over the columns, then scales
             refitted in closed form; 0 refits the scales only, None (the default) does nothing. See
@@ -55,11 +61,43 @@ class GPTQModifier(QuantizationModifier):
     """
 
     dampening_frac: float = Field(default=0.1, gt=0)
+    actorder: Literal["static"] | None = "static"
     block_size: int = Field(default=128, ge=1)
     refine: int | None = Field(default=None, ge=0)
     error_correction: float = Field(default=0.0, ge=0, le=1)
 
+    foreign: ClassVar[Mapping[str, Foreign]] = OF_GPTQ
+
     _warned: bool = PrivateAttr(default=False)
+
+    @field_validator("dampening_frac", "block_size", mode="before")
+    @classmethod
+    def _unstated(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[info.field_name or ""].default if value is None else value
+
+    @field_validator("actorder", mode="before")
+    @classmethod
+    def _order(cls, value: Any) -> Any:
+        if value in ("group", "dynamic"):
+            raise ValueError(f'{value!r} makes servers look up the order of columns: use "static"')
+        return "static" if value == "weight" else value or None
+
+    def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
+        """See :meth:`QuantizationModifier.completed`: ``scheme`` with ``actorder``.
+
+        Raises:
+            BitpressError: the scheme states another.
+        """
+        scheme = super().completed(scheme)
+        if scheme.weights is None:
+            return scheme
+        stated = None if scheme.weights.actorder is None else "static"
+        if "actorder" in self.model_fields_set and stated is not None and stated != self.actorder:
+            raise BitpressError(
+                f"GPTQModifier states actorder={self.actorder}, but a scheme of it {scheme.weights.actorder.value!r}: "
+                "state it in one of them only."
+            )
+        return scheme if stated == self.actorder else with_weights(scheme, actorder=ActivationOrdering.STATIC)
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """The Gram matrix of the layers that this modifier quantizes; a held-out one if it refines; their drift."""

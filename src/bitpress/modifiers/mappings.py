@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 from compressed_tensors.utils import is_match
@@ -24,12 +24,14 @@ class AWQMapping:
     Attributes:
         smooth_layer: name or ``re:`` pattern of the norm or linear layer that runs before.
         balance_layers: names or ``re:`` patterns of all layers that its output goes to.
+        activation_hook_target: taken, and not needed: the inputs of the balance layers themselves are measured.
     """
 
     smooth_layer: str
     balance_layers: Sequence[str]
+    activation_hook_target: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, activation_hook_target: str | None) -> None:
         """One balance layer may be given without a list."""
         if isinstance(self.balance_layers, str):
             object.__setattr__(self, "balance_layers", [self.balance_layers])

@@ -1,8 +1,8 @@
 """QuantizationModifier: which layers are quantized, and to what; by itself, round-to-nearest."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import is_match
@@ -22,9 +22,10 @@ from bitpress.modifiers.activations import (
     readable_activations,
 )
 from bitpress.modifiers.allocation import AllocatingModifier
-from bitpress.modifiers.base import nearest
+from bitpress.modifiers.base import FieldError, nearest
+from bitpress.modifiers.foreign import OF_QUANTIZATION, Foreign
 from bitpress.modifiers.fused import choose_global_scales
-from bitpress.modifiers.observers import observed_ranges, statistics_of_observer
+from bitpress.modifiers.observers import OBSERVERS, observed_ranges, statistics_of_observer
 from bitpress.modifiers.sharing import (
     Cost,
     Problem,
@@ -75,6 +76,7 @@ class QuantizationModifier(AllocatingModifier):
         config_groups: schemes by any name, each with its targets. One without weights is of attention modules: its
             ``input_activations`` are the grid of queries, keys and values.
         kv_cache_scheme: the grid of all keys and values, as they are cached: per tensor, or per head ("attn_head").
+        weight_observer: the observer of all weights, in place of what their schemes say.
         fused: layers that servers fuse into one (q, k and v; gate and up) must have one scheme, or all be left alone;
             False allows what they cannot load.
         choose_from, bits_per_weight, max_bytes: instead, a scheme of its own for each layer; see
@@ -91,12 +93,29 @@ class QuantizationModifier(AllocatingModifier):
     scheme: str | QuantizationScheme | dict[str, list[str]] | None = None
     config_groups: dict[str, QuantizationScheme] | None = None
     kv_cache_scheme: QuantizationArgs | None = None
+    weight_observer: str | None = None
     fused: bool = True
+
+    foreign: ClassVar[Mapping[str, Foreign]] = OF_QUANTIZATION
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _targets_of_presets(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not all(isinstance(name, str) and is_preset_scheme(name) for name in value):
+            return value
+        return {name: [target] if isinstance(target, str) else target for name, target in value.items()}
+
+    @field_validator("weight_observer")
+    @classmethod
+    def _known_observer(cls, value: str | None) -> str | None:
+        if value is not None and value not in OBSERVERS:
+            raise ValueError(f"no observer is called {value!r}{nearest(value, list(OBSERVERS))}")
+        return value
 
     @field_validator("scheme", "choose_from")
     @classmethod
@@ -105,6 +124,23 @@ class QuantizationModifier(AllocatingModifier):
             if isinstance(name, str) and not is_preset_scheme(name):
                 raise ValueError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
         return value
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`Modifier.translated`; of ``fields``, ``observer`` is taken apart, by what it observes."""
+        if "observer" not in fields:
+            return super().translated(fields)
+        rest = {name: value for name, value in fields.items() if name != "observer"}
+        stated = fields["observer"] or {}
+        if not isinstance(stated, dict) or not set(stated) <= set(OBSERVED):
+            raise FieldError(f"{cls.__name__}: observer is a mapping of {', '.join(OBSERVED)} to names.", "observer")
+        return super().translated({**rest, **{OBSERVED[of]: name for of, name in stated.items()}})
+
+    def completed(self, scheme: QuantizationScheme) -> QuantizationScheme:
+        """See :meth:`AllocatingModifier.completed`: ``scheme`` with ``weight_observer``."""
+        if scheme.weights is None or self.weight_observer is None:
+            return scheme
+        return with_weights(scheme, observer=self.weight_observer)
 
     @property
     def states_scheme(self) -> bool:
@@ -118,6 +154,9 @@ class QuantizationModifier(AllocatingModifier):
 
     def groups(self) -> dict[str, QuantizationScheme]:
         """The schemes with their targets, whichever field they were stated in."""
+        return {label: self.completed(group) for label, group in self._stated_groups().items()}
+
+    def _stated_groups(self) -> dict[str, QuantizationScheme]:
         if self.scheme is not None and self.config_groups is not None:
             raise BitpressError(f"{type(self).__name__}: state scheme or config_groups, not both.")
         if self.choose_from is not None:
@@ -308,6 +347,14 @@ class QuantizationModifier(AllocatingModifier):
                 logger.warning(message, type(self).__name__, pattern)
 
 
+def with_weights(scheme: QuantizationScheme, **fields: Any) -> QuantizationScheme:
+    """The scheme with other fields of its weights."""
+    assert scheme.weights is not None, "asked before"  # noqa: S101
+    return scheme.model_copy(update={"weights": scheme.weights.model_copy(update=fields)})
+
+
+# What llm-compressor's field `observer` speaks of, and the fields that say the same.
+OBSERVED = {"weights": "weight_observer", "input": "input_observer", "output": "output_observer"}
 PRESETS = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 
 

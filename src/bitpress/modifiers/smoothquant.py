@@ -1,6 +1,7 @@
 """SmoothQuantModifier: let the weights have part of the activations' outliers, so that both can be quantized."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from compressed_tensors.utils import is_match
@@ -11,6 +12,7 @@ from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.models.linears import weight_matrix
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.foreign import OF_SMOOTHQUANT, Foreign
 from bitpress.modifiers.mappings import AWQMapping, ResolvedMapping
 from bitpress.modifiers.smoothing import Mappings, apply, as_mappings, balance_weights, find_proven, measured, record
 from bitpress.modifiers.state import State
@@ -38,6 +40,8 @@ class SmoothQuantModifier(Modifier):
     mappings: list[AWQMapping] | None = None
     ignore: list[str] = Field(default_factory=list)
 
+    foreign: ClassVar[Mapping[str, Foreign]] = OF_SMOOTHQUANT
+
     _resolved: Mappings = PrivateAttr(default_factory=dict)
     _balanced: set[str] = PrivateAttr(default_factory=set)
 
@@ -51,7 +55,7 @@ class SmoothQuantModifier(Modifier):
     @field_validator("ignore", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str) else [] if value is None else value
 
     @field_validator("mappings", mode="before")
     @classmethod

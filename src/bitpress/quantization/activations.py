@@ -20,6 +20,8 @@ from bitpress.errors import BitpressError
 from bitpress.quantization.scales import affine_parameters
 
 FLOAT_BITS = (4, 6, 8)
+# Names of the one way in which static ranges are found here: from the least to the greatest value.
+MINMAX = (None, "minmax", "static_minmax", "memoryless_minmax")
 GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 # What may be static, with an argument of the scheme that says where it stands.
 OF_LAYERS = (QuantizationStrategy.TENSOR,)
@@ -60,6 +62,11 @@ def check_activations(args: QuantizationArgs, static: tuple[QuantizationStrategy
         raise BitpressError(
             f"dynamic=False with strategy {QuantizationStrategy(strategy).value!r} is not supported: a scale from "
             f"calibration is per {names}. Use one of these, or dynamic=True."
+        )
+    if args.dynamic is not True and args.observer not in MINMAX:
+        raise BitpressError(
+            f"observer {args.observer!r} is not supported: static ranges reach from the least to the greatest value of "
+            "calibration. Leave it out, or use dynamic=True."
         )
     if args.dynamic is True and strategy == QuantizationStrategy.TENSOR_GROUP:
         raise BitpressError('dynamic=True with strategy "tensor_group" has no global scale: use dynamic="local".')

@@ -60,7 +60,7 @@ def fill_in(
     stated, recipe = split_arguments(root)
     values = defaults(loader, stated, where)
     at = where if stated is None else f"{where}, line {line(stated)}"
-    for name, value in _mapping(given).items():
+    for name, value in as_mapping(given).items():
         if not values:
             raise BitpressError(f"{where} has no arguments, but {name!r} is given.")
         if name not in values:
@@ -174,7 +174,14 @@ class _Filling:
         return node
 
 
-def _mapping(given: Any) -> Mapping[str, Any]:
+def as_mapping(given: Any) -> Mapping[str, Any]:
+    """Values for arguments: a mapping, or texts ``name=value``; empty for None.
+
+    Raises:
+        BitpressError: neither.
+    """
+    if isinstance(given, (list, tuple)) and all(isinstance(each, str) for each in given):
+        return parse_assignments(given)
     if given is None or isinstance(given, Mapping):
         return given or {}
     raise BitpressError(f"recipe_args is a {type(given).__name__}: give a mapping of names to values.")

@@ -43,6 +43,7 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
     shuffle_calibration_samples: bool = True,
     seed: int = 42,
     concatenate_data: bool = False,
+    dataset_config_name: str | None = None,
     model: nn.Module | None = None,
 ) -> CalibrationData:
     """Turn a dataset into calibration batches.
@@ -72,6 +73,7 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
         seed: Makes the draw repeatable.
         concatenate_data: Join all sequences, with the end-of-sequence token between them, and cut them into full
             pieces of `max_seq_length` tokens (without it, at most 2048) before samples are drawn.
+        dataset_config_name: The configuration of a dataset on the hub.
         model: Its forward and its embedding are what the batches are checked against.
 
     Raises:
@@ -89,6 +91,7 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
         text_column=text_column,
         splits=splits,
         concatenate=concatenate_data,
+        config=dataset_config_name,
     )
     if isinstance(source, SampleRows | ReadyBatches):
         if concatenate_data:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.errors import BitpressError, nearest_file
+from bitpress.pipelines.data.known import KNOWN, Known
 
 Splits = str | Sequence[str] | Mapping[str, str] | None
 
@@ -21,13 +22,14 @@ FILE_SUFFIXES = (*READABLE, *PICKLES, ".arrow", ".gz", ".md", ".npy", ".npz", ".
 DEFAULT_SPLIT = "train"
 
 
-def load_named(name: str | os.PathLike[str], splits: Splits, *, whole: bool) -> Any:
+def load_named(name: str | os.PathLike[str], splits: Splits, *, whole: bool, config: str | None = None) -> Any:
     """Load what a name stands for.
 
     Args:
         name: A path, or a dataset's name on the hub.
         splits: Which part of a Hugging Face dataset, as in `select_split`.
         whole: Read a .txt file as one text instead of one per line.
+        config: The configuration of a dataset on the hub.
 
     Returns:
         A list of texts or rows, which has no splits, or a Hugging Face dataset cut to `splits`.
@@ -43,7 +45,7 @@ def load_named(name: str | os.PathLike[str], splits: Splits, *, whole: bool) -> 
         raise BitpressError(
             f"the dataset file {str(name)!r} does not exist{nearest_file(Path(name)) or ': check the path'}"
         )
-    return _load_from_hub(name, splits)
+    return _load_from_hub(name, splits, config)
 
 
 def select_split(dataset: Any, splits: Splits, where: str) -> Any:
@@ -165,20 +167,23 @@ def _load_folder(path: Path) -> Any:
         ) from error
 
 
-def _load_from_hub(name: str, splits: Splits) -> Any:
+def _load_from_hub(name: str, splits: Splits, config: str | None) -> Any:
     import datasets  # noqa: PLC0415
 
+    known = KNOWN.get(name, Known(name))
+    place = (known.hub, *(each for each in [config or known.config] if each is not None))
+    splits = splits or known.split
     try:
         if splits is None:
-            return select_split(datasets.load_dataset(name), None, f"the dataset {name!r}")
-        parts = [datasets.load_dataset(name, split=spec) for spec in _split_names(splits)]
-        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+            return known.with_texts(select_split(datasets.load_dataset(*place), None, f"the dataset {name!r}"))
+        parts = [datasets.load_dataset(*place, split=spec) for spec in _split_names(splits)]
+        return known.with_texts(parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts))
     except BitpressError:
         raise
     except Exception as error:
         raise BitpressError(
             f"{name[:100]!r} is neither a path that exists nor a dataset that datasets.load_dataset can load: {error}; "
-            "check the name, or load it yourself (with its configuration) and pass the result"
+            "check the name (and dataset_config_name), or load it yourself and pass the result"
         ) from error
 
 

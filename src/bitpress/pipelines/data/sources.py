@@ -69,6 +69,7 @@ def open_source(
     text_column: str,
     splits: Splits,
     concatenate: bool,
+    config: str | None = None,
 ) -> Texts | TokenIds | SampleRows | ReadyBatches:
     """Find out what a dataset holds, reading no more than its first item.
 
@@ -78,7 +79,7 @@ def open_source(
     where = f"the dataset (a {type(dataset).__name__})"
     if isinstance(dataset, str | os.PathLike):
         where = f"the dataset {str(dataset)!r}"
-        dataset = load_named(dataset, splits, whole=concatenate)
+        dataset = load_named(dataset, splits, whole=concatenate, config=config)
         splits = None if _is_hugging_face(dataset) else splits
     if _is_hugging_face(dataset):
         table = select_split(dataset, splits, where)
