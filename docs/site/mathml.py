@@ -21,4 +21,6 @@ def on_page_content(content: str, /, **_: Any) -> str:
 def _mathml(found: re.Match[str]) -> str:
     tag, bracket, latex = found.groups()
     math = convert(html.unescape(latex).strip(), display="block" if bracket == "[" else "inline")
+    if "\\" in math:
+        raise ValueError(f"latex2mathml does not know all of {latex!r}")
     return f'<{tag} class="equation">{math}</{tag}>'
