@@ -7,6 +7,8 @@ import griffe
 
 ROLE = re.compile(r":(?:attr|class|func|meth|mod|data):`~?([\w.]+)`")
 
+SAME = ("bitpress.evaluate", "bitpress.oneshot", "bitpress.plan")
+
 
 class Roles(griffe.Extension):
     """Replaces roles before the docstrings are rendered."""
@@ -21,4 +23,6 @@ def _link(found: re.Match[str]) -> str:
     name = found.group(1)
     if not name.startswith("bitpress."):
         return f"`{name}`"
-    return f'<autoref identifier="{name}" optional><code>{name}</code></autoref>'
+    # Functions that are called as their modules are.
+    place = f"{name}.{name.partition('.')[2]}" if name in SAME else name
+    return f'<autoref identifier="{place}" optional><code>{name}</code></autoref>'
