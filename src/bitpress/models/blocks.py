@@ -30,7 +30,7 @@ class Call:
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def of(self, function: Callable[..., Any]) -> Any:
-        """Make the call."""
+        """What ``function`` gives for these arguments."""
         with self.within():
             return function(*self.args, **self.kwargs)
 
@@ -79,7 +79,7 @@ class Block:
         yield from named_layers(self.module, prefix=self.name)
 
     def holds(self, name: str) -> bool:
-        """True for names of what is in the block."""
+        """True if ``name`` is that of something in the block."""
         return not self.name or name.startswith(f"{self.name}.")
 
     def forget(self) -> None:
@@ -101,6 +101,14 @@ def find_blocks(
     ``_no_split_modules``; then the children of every outermost ``ModuleList`` (or ``Sequential`` of one class) that
     hold targeted layers. What is hinted at but is only a part of such a child gives way to it. A targeted layer outside
     of all of these is a block of its own; a model without any is one block.
+
+    Args:
+        model: the model; it is not run.
+        layers: its targeted layers, by name.
+        sequential_targets: states the blocks; by default they are found.
+
+    Returns:
+        The blocks in the order of the model's modules.
 
     Raises:
         BitpressError: ``sequential_targets`` match no module that holds a targeted layer.

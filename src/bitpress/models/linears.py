@@ -12,7 +12,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and what computes the same from a transposed weight."""
+    """True if ``module`` is an ``nn.Linear`` or computes the same from a transposed weight."""
     return isinstance(module, nn.Linear) or _is_transposed(module)
 
 
@@ -25,13 +25,13 @@ def has_columns(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in): a view, so that writing to it writes to the layer."""
+    """The weight of a linear ``module`` as (out, in): a view, so that writing to it writes to the layer."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     return weight.T if _is_transposed(module) else weight
 
 
 def in_features(module: nn.Module) -> int:
-    """Columns of the layer's input."""
+    """Columns of the input of a linear ``module``."""
     return weight_matrix(module).shape[1]
 
 

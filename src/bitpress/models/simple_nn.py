@@ -138,6 +138,10 @@ class QuantizedNN(_Feedforward):
     def from_state_dict(cls, stored: Mapping[str, Tensor], args: QuantizationArgs) -> "QuantizedNN":
         """The model whose ``state_dict()`` was stored, e.g. in a safetensors file.
 
+        Args:
+            stored: tensors by name, of the shapes of :class:`bitpress.quantization.PackedWeight`.
+            args: the scheme of the weights.
+
         Raises:
             BitpressError: no layer is in ``stored``, or one of its tensors is missing.
         """
@@ -207,7 +211,15 @@ def search_module_scale(
     n_grid: int = 20,
     duo_scaling: bool | Literal["both"] = True,
 ) -> AWQ:
-    """The AWQ scales of one linear layer (or of its weight, (out, in)): see :func:`bitpress.solvers.search_scales`."""
+    """The AWQ scales of one linear layer.
+
+    Args:
+        module: the layer, or its weight, (out, in), any float dtype.
+        statistics: of its input, with the Gram matrix and the mean magnitude.
+        args: the scheme it will be quantized with.
+        n_grid: see :func:`bitpress.solvers.search_scales`.
+        duo_scaling: see there.
+    """
     weight = weight_matrix(module) if isinstance(module, nn.Module) else module
     layer = BalanceWeight(weight, args, SCALE_DTYPE)
     return search_scales([layer], statistics.gram, statistics.mean_magnitude, n_grid=n_grid, duo_scaling=duo_scaling)

@@ -100,7 +100,7 @@ class Modifier(BaseModel):
         return False
 
     def resolve_schemes(self, model: nn.Module) -> dict[str, QuantizationScheme]:
-        """The layers that this modifier would quantize, by name, with their schemes; none by default.
+        """The layers of ``model`` that this modifier would quantize, by name, with their schemes; none by default.
 
         Raises:
             BitpressError: a target that matches nothing, a scheme that does not fit a layer.
@@ -108,7 +108,7 @@ class Modifier(BaseModel):
         return {}
 
     def resolve_attentions(self, model: nn.Module) -> dict[str, Any]:
-        """The attentions whose states this modifier would quantize, by name; none by default.
+        """The attentions of ``model`` whose states this modifier would quantize, by name; none by default.
 
         Raises:
             BitpressError: compressed-tensors cannot quantize the states of the model's attention.
@@ -116,38 +116,58 @@ class Modifier(BaseModel):
         return {}
 
     def candidates(self, model: nn.Module, names: Collection[str]) -> dict[str, list[QuantizationScheme]]:
-        """The schemes among which this modifier will choose for layers that are its own, by name; none by default."""
+        """The schemes among which this modifier will choose for its own layers, by name; none by default.
+
+        Args:
+            model: the model.
+            names: of the layers that are this modifier's.
+        """
         return {}
 
     def on_initialize(self, state: State) -> None:
-        """Before any computing: schemes and blocks are known, the dry run has been made. Refuse here what is wrong."""
+        """Before any computing: ``state`` has schemes and blocks, one batch has run. Refuse here what is wrong."""
 
     def required_statistics(self, state: State, name: str) -> Statistic:
         """What the calibration must remember of the input of layer ``name``, or of what the tap of that name receives.
 
         A range is that of the block with its new weights, and is there in :meth:`on_solved`; the rest is what the block
-        as it was is fed.
+        as it was is fed. What is quantized, and how, ``state.schemes`` and ``state.owners`` know.
         """
         return Statistic.NONE
 
     def measured_layers(self, state: State) -> Collection[str]:
-        """Layers of which the gradients of the loss must be seen before anything is solved; none by default."""
+        """Layers of which the gradients of the loss must be seen before anything is solved; none by default.
+
+        Args:
+            state: as :meth:`on_initialize` has left it.
+        """
         return ()
 
     def on_gradient(self, state: State, name: str, gradient: Tensor) -> None:
-        """One draw's gradient at the weight (out, in) of a measured layer; see :func:`bitpress.pipelines.measure`."""
+        """One draw's gradient at the weight of a measured layer; see :func:`bitpress.pipelines.measure`.
+
+        Args:
+            state: the compression.
+            name: of the layer.
+            gradient: (out, in), any float dtype: of the loss that :class:`Measured` names, summed over the draw.
+        """
 
     def on_measured(self, state: State, measured: Measured) -> None:
-        """After the last draw, before the first block: the last moment to change ``state.schemes``."""
+        """After the last draw, before the first block: the last moment to change ``state.schemes``.
+
+        Args:
+            state: the compression.
+            measured: what the gradients were of.
+        """
 
     def on_block(self, state: State, block: Block) -> None:
-        """Solve one block: ``state.statistics`` is filled; write the new weights to the block's layers."""
+        """Solve one block: write the new weights to the layers of ``block``, whose ``state.statistics`` are filled."""
 
     def on_solved(self, state: State, block: Block) -> None:
-        """All modifiers have solved the block, and it has run: ``state.statistics`` holds the ranges."""
+        """All modifiers have solved ``block``, and it has run: ``state.statistics`` holds the ranges."""
 
     def on_finalize(self, state: State) -> None:
-        """After the last block."""
+        """After the last block, for what is to be left in ``state``."""
 
 
 def nearest(name: str, known: list[str]) -> str:

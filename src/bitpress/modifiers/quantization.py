@@ -275,7 +275,14 @@ class QuantizationModifier(AllocatingModifier):
             state.quantized[name] = quantized
 
     def solve_all(self, problems: Sequence[Problem]) -> list[QuantizedWeight]:
-        """The quantized forms of a block's layers; a modifier that solves several together overrides this."""
+        """The quantized forms of a block's layers; a modifier that solves several together overrides this.
+
+        Args:
+            problems: each a layer's weight, or some of its rows, with its scheme and statistics.
+
+        Returns:
+            The quantized weights, in the order of ``problems``.
+        """
         return [self.solve(p.weight, p.args, p.statistics, p.ranges, p.global_scale) for p in problems]
 
     def solve(
@@ -286,10 +293,15 @@ class QuantizationModifier(AllocatingModifier):
         ranges: tuple[Tensor, Tensor] | None,
         global_scale: Tensor | None = None,
     ) -> QuantizedWeight:
-        """The quantized form of ``weight`` (out, in); a modifier with another solver overrides this.
+        """The quantized form of a weight; a modifier with another solver overrides this.
 
-        ``ranges`` are the scale and zero point that its observer or an earlier modifier chose, if one did, and
-        ``global_scale``, (1,), is what scales are relative to, where the scheme has one.
+        Args:
+            weight: (out, in), any float dtype.
+            args: the scheme.
+            statistics: of the layer's input; None if it did not run, or nothing was asked for.
+            ranges: scale and zero point that its observer or an earlier modifier chose, if one did, of the shapes of
+                :class:`bitpress.quantization.QuantizedWeight`.
+            global_scale: (1,), float32: what scales are relative to, where the scheme has one.
         """
         return round_to_nearest(weight, args, weight.dtype, ranges, global_scale)
 
@@ -300,7 +312,7 @@ class QuantizationModifier(AllocatingModifier):
         return own.solve_all is QuantizationModifier.solve_all and own.solve is QuantizationModifier.solve
 
     def cost(self, columns: int, statistics: InputStatistics | None) -> Cost:
-        """What solving weights of so many columns takes, by which layers are dealt out to ranks."""
+        """What weights of so many ``columns`` with these ``statistics`` take to solve: layers are dealt out by it."""
         return rounding_cost(columns, statistics)
 
     def _works(self, state: State, layers: dict[str, nn.Module]) -> list[Work]:

@@ -29,12 +29,12 @@ OF_ATTENTION = (QuantizationStrategy.TENSOR, QuantizationStrategy.ATTN_HEAD)
 
 
 def is_static(args: QuantizationArgs | None) -> bool:
-    """True if calibration has a share in the scale: ``dynamic`` is False or "local"."""
+    """True if calibration has a share in the scale of an activation: ``args.dynamic`` is False or "local"."""
     return args is not None and args.dynamic is not True
 
 
 def quantizes_activations(scheme: QuantizationScheme) -> bool:
-    """True if the scheme is not of weights only."""
+    """True if ``scheme`` is not of weights only."""
     return scheme.input_activations is not None or scheme.output_activations is not None
 
 

@@ -37,13 +37,13 @@ FLOATS = {4: Floats(1, 0, 6.0), 6: Floats(3, 0, 7.5), 8: Floats(3, -6, 448.0)}
 
 
 def integer_range(args: QuantizationArgs) -> tuple[int, int]:
-    """The least and the greatest integer of a signed grid of ``args.num_bits`` bits."""
+    """The least and the greatest integer of a signed grid, by ``args``: ``-2^(b-1)`` and ``2^(b-1) - 1``."""
     half = 1 << (args.num_bits - 1)
     return -half, half - 1
 
 
 def limits(args: QuantizationArgs) -> tuple[float, float]:
-    """The least and the greatest point of a grid, integers or floats."""
+    """The least and the greatest point of the grid of ``args``, integers or floats."""
     if args.type == QuantizationType.INT:
         return integer_range(args)
     greatest = FLOATS[args.num_bits].greatest
@@ -51,7 +51,7 @@ def limits(args: QuantizationArgs) -> tuple[float, float]:
 
 
 def points_dtype(args: QuantizationArgs) -> torch.dtype:
-    """What holds a point in a byte: int8, or float8_e4m3fn, in which the floats of 4 and 6 bits are exact too."""
+    """What holds a point of ``args`` in a byte: int8, or float8_e4m3fn, which has the floats of 4 and 6 bits too."""
     return torch.int8 if args.type == QuantizationType.INT else torch.float8_e4m3fn
 
 
@@ -210,7 +210,17 @@ def off_grid(
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs) -> Tensor:
-    """The points of ``x`` on its grid, of :func:`points_dtype`: the shape of ``x``; see :func:`fake_quantize`."""
+    """The points of ``x`` on its grid.
+
+    Args:
+        x: (out, in), float.
+        scale: float; see the module's docstring for the shapes.
+        zero_point: integers of ``scale``'s shape, or None for 0.
+        args: bits and strategy.
+
+    Returns:
+        (out, in), of :func:`points_dtype`.
+    """
     out = torch.empty_like(x, dtype=points_dtype(args))
     for part, out_part, s, z in _row_chunks(x, out, scale, zero_point, args):
         out_part.copy_(_to_grid(part, s, z, args))
@@ -226,7 +236,15 @@ def dequantize(
 ) -> Tensor:
     """The values of points: (values - zero_point) * scale, in ``scale``'s dtype, as every reader computes it.
 
-    Where ``dtype`` is another, they are rounded to it at last.
+    Args:
+        values: (out, in), of :func:`points_dtype`.
+        scale: float; see the module's docstring for the shapes.
+        zero_point: integers of ``scale``'s shape, or None for 0.
+        args: bits and strategy.
+        dtype: where it is another than ``scale``'s, what the values are rounded to at last.
+
+    Returns:
+        (out, in) of ``dtype``, or ``scale``'s.
     """
     out = torch.empty_like(values, dtype=dtype or scale.dtype)
     for part, out_part, s, z in _row_chunks(values, out, scale, zero_point, args):

@@ -43,14 +43,21 @@ def scale_kind(args: QuantizationArgs) -> ScaleKind:
 
 
 def has_global_scale(args: QuantizationArgs) -> bool:
-    """True if the scales are relative to one of the whole tensor."""
+    """True if the scales of a scheme (``args``) are relative to one of the whole tensor: NVFP4's."""
     return scale_kind(args) == ScaleKind.GLOBAL
 
 
 def shared_global_scale(weights: Sequence[Tensor], args: QuantizationArgs) -> Tensor:
-    """The global scale that ``weights``, fused by servers into one, must share: (1,), float32.
+    """The global scale that weights, fused by servers into one, must share.
 
     The greatest magnitude of all has the greatest scale: ``448 * 6 / max(abs(W))``.
+
+    Args:
+        weights: (out_i, in), any float dtype.
+        args: their scheme.
+
+    Returns:
+        (1,), float32.
     """
     return global_scale_of(torch.stack([w.abs().amax().float() for w in weights]).amax().reshape(1), args)
 
@@ -62,7 +69,10 @@ def global_scale_of(magnitude: Tensor, args: QuantizationArgs) -> Tensor:
 
 
 def step_sizes(scale: Tensor, global_scale: Tensor | None) -> Tensor:
-    """How far apart the points 0 and 1 of each grid are: ``scale``, or float32 where it is relative to a global one."""
+    """How far apart the points 0 and 1 of each grid are: of the shape of ``scale``, in units of the weight.
+
+    It is ``scale`` itself, or, in float32, its quotient by ``global_scale`` (1,) where there is one.
+    """
     return scale if global_scale is None else scale.float() / global_scale
 
 

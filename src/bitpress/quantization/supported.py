@@ -27,6 +27,9 @@ def check_supported(args: QuantizationArgs) -> None:
     Integers have 2 to 8 bits, per tensor, channel or group. Floats are symmetric: 8 bits (e4m3) per tensor, channel,
     group or block, and the microscaling formats NVFP4, MXFP4, MXFP6 and MXFP8.
 
+    Args:
+        args: of a weight.
+
     Raises:
         BitpressError: names the field and the values that work.
     """

@@ -56,9 +56,16 @@ class QuantizedWeight:
         args: QuantizationArgs,
         global_scale: Tensor | None = None,
     ) -> "QuantizedWeight":
-        """Round ``weight`` (out, in) to a given grid, in float32 whatever its dtype.
+        """Round a weight to a given grid, in float32 whatever its dtype.
 
         A weight that :meth:`dequantize` made is found again exactly: the result dequantizes to it.
+
+        Args:
+            weight: (out, in), any float dtype.
+            scale: of the shapes that the class names.
+            zero_point: int8, the shape of ``scale``.
+            args: the scheme.
+            global_scale: (1,), float32: what scales are relative to, where the scheme has one.
         """
         offset = None if args.symmetric else zero_point
         values = quantize(weight.float(), step_sizes(scale, global_scale).float(), offset, args)
@@ -121,7 +128,7 @@ class PackedWeight:
         return {"weight_packed": self.packed, "weight_shape": torch.tensor(self.shape, dtype=torch.int64), **stored}
 
     def nbytes(self, stored_as: str | None = None) -> int:
-        """Bytes of :meth:`tensors` in a checkpoint."""
+        """Bytes of :meth:`tensors` in a checkpoint, ``stored_as`` it is there."""
         return sum(t.numel() * t.element_size() for t in self.tensors(stored_as).values())
 
     def _packed_zero_point(self) -> Tensor:
@@ -136,7 +143,7 @@ class PackedWeight:
         """Read what :meth:`tensors` wrote, in whichever format.
 
         Args:
-            stored: the tensors.
+            stored: the tensors by these names, in the shapes of :class:`PackedWeight`.
             args: the scheme of the weight.
             dtype: that of the weight, where it cannot be told from the scale.
         """

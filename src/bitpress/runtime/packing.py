@@ -50,7 +50,7 @@ def pack(model: nn.Module, *, compute_dtype: torch.dtype | None = None, exact: b
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Give the layers of a packed model their dense weights again, bit for bit, in place."""
+    """Give the layers of a packed ``model`` their dense weights again, bit for bit, in place."""
     for layer in list(model.modules()):
         if isinstance(layer, PackedLayer):
             unpack_layer(layer)

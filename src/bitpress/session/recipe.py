@@ -29,7 +29,11 @@ _OBJECT = "tag:yaml.org,2002:python/"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The modifiers of one compression, in order."""
+    """The modifiers of one compression, in order.
+
+    Attributes:
+        modifiers: the steps, as they are taken.
+    """
 
     modifiers: tuple[Modifier, ...]
 
@@ -65,7 +69,16 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "the recipe", args: Mapping[str, Any] | None = None) -> "Recipe":
-        """Read YAML; see the module's docstring for its form, and :meth:`of` for ``args``."""
+        """Read YAML; see the module's docstring for its form.
+
+        Args:
+            text: the YAML.
+            where: what it is called in errors.
+            args: see :meth:`of`.
+
+        Raises:
+            BitpressError: it is no YAML, or not a recipe's; what :meth:`of` refuses; with the line.
+        """
         try:
             loader = yaml.SafeLoader(text)
             node = fill_in(loader, loader.get_single_node(), args, where)

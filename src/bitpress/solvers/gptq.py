@@ -63,7 +63,8 @@ def gptq(
         gram: (in, in), float32, ``H = X^T X``. Columns of zeros are rounded to nearest.
         args: the scheme.
         dtype: what scales are stored in.
-        ranges: scale and zero point of every group; by default those that span the least and greatest value.
+        ranges: scale and zero point of every group, of the shapes that :func:`minmax_parameters` gives; by default
+            those that span the least and greatest value.
         global_scale: (1,), float32: what scales are relative to; by default, where the scheme has one, the weight's.
         dampening: d as a share of the mean of H's diagonal.
         block_size: columns whose errors are passed on at once to all columns behind them.

@@ -19,7 +19,7 @@ AT_ONCE = 1 << 19
 def packed_to_nearest(
     weight: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None, name: str = "the layer"
 ) -> tuple[PackedWeight, float]:
-    """What ``round_to_nearest(weight, args, weight.dtype).pack()`` gives, bit for bit, several times as fast.
+    """What :func:`round_to_nearest` gives, packed, bit for bit, and several times as fast.
 
     Args:
         weight: (out, in), any float dtype.

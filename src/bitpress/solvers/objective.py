@@ -11,6 +11,8 @@ LESS = 1 - 1e-5
 def output_error(delta: Tensor, gram: Tensor) -> float:
     """Squared error at a layer's output that a change of its weight makes: ``trace(delta H delta^T)``.
 
+    Own: the definition, with the sum over the rows of X taken first.
+
     Args:
         delta: (out, in), the changed weight minus the weight.
         gram: (in, in), ``H = X^T X``.

@@ -1,4 +1,8 @@
-"""Ranges of a weight's groups, and round-to-nearest (RTN) on them."""
+"""Ranges of a weight's groups, and round-to-nearest (RTN) on them.
+
+The grid is that of Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference" (2017), https://arxiv.org/abs/1712.05877, equation 1: ``w = (q - z) s``, with a range that holds 0.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,10 +34,17 @@ POWER_FACTORS = (1.0, 0.5)
 def minmax_parameters(
     weight: Tensor, args: QuantizationArgs, dtype: torch.dtype, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale (``dtype``) and zero point (int8) of the grids that span each group of ``weight`` (..., out, in), float32.
+    """Scale and zero point of the grids that span each group from its least to its greatest value.
 
-    Shapes, behind the leading dimensions: (1,) per tensor, (out, 1) per channel, (out, groups) per group, (row blocks,
-    column blocks) per block. ``global_scale`` is what scales are relative to, where the scheme has one.
+    Args:
+        weight: (..., out, in), float32.
+        args: the scheme.
+        dtype: that of the weight, and of its scales.
+        global_scale: (1,), float32: what scales are relative to, where the scheme has one.
+
+    Returns:
+        Scale (``dtype``) and zero point (int8), of the shapes, behind the leading dimensions, (1,) per tensor, (out, 1)
+        per channel, (out, groups) per group, (row blocks, column blocks) per block.
     """
     return affine_parameters(*weight_ranges(weight, args), args, dtype, global_scale)
 
@@ -181,7 +192,7 @@ def round_to_nearest(
         weight: (out, in), any float dtype; rounded in float32.
         args: the scheme.
         dtype: that of the weight, and of its scales.
-        ranges: scale and zero point; by default the grid spans the group's least and greatest value.
+        ranges: scale and zero point, of the shapes that :func:`minmax_parameters` gives; by default its own.
         global_scale: (1,), float32: what scales are relative to; by default, where the scheme has one, the weight's.
     """
     weight = weight.float()
@@ -193,6 +204,10 @@ def round_to_nearest(
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Refuse a weight with NaN or infinite values.
+
+    Args:
+        weight: any shape and float dtype.
+        name: of its layer, for the error.
 
     Raises:
         BitpressError: names the tensor and how many values are not finite.

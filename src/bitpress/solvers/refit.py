@@ -1,4 +1,4 @@
-"""Scales in closed form, against H, with the integers as they are."""
+"""Scales in closed form, against H, with the integers as they are. Own: the normal equations of least squares."""
 
 from dataclasses import replace
 

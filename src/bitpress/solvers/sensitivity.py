@@ -12,6 +12,8 @@ def squared_slope(delta: Tensor, gradient: Tensor) -> float:
     rounding in different rows are not correlated, so that their products average out: what is left, the sum over the
     rows of ``(d_i . g_i)^2``, is of so many terms that a few gradients are enough.
 
+    Own: the step from Fisher's matrix to the rows.
+
     Args:
         delta: (out, in), the changed weight minus the weight, float32.
         gradient: (out, in), any float dtype: of the log-likelihood of all labels of a draw, summed.

@@ -111,7 +111,7 @@ class InputCollector:
             self._originals = None
 
     def observe(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in the arguments of one call of layer ``name``, as the hooks of :meth:`watching` do."""
+        """Take in one call of layer ``name``, as the hooks of :meth:`watching` do: its ``args`` and ``kwargs``."""
         if name not in self._layers:
             return
         # Whatever mode the model's forward is in: the statistics outlive it.

@@ -164,7 +164,11 @@ class InputStatistics:
             choose(own, theirs, out=own)
 
     def merge(self, other: "InputStatistics") -> None:
-        """Take in what ``other`` saw: the result is that of one collection over both inputs."""
+        """Take in what ``other`` saw: the result is that of one collection over both inputs.
+
+        Raises:
+            BitpressError: the other has another width, or other statistics.
+        """
         if (self.features, self.wanted) != (other.features, other.wanted):
             raise BitpressError(
                 f"statistics of {self.features} columns ({self.wanted}) do not merge with "
@@ -194,6 +198,9 @@ class InputStatistics:
         Args:
             rows: of all ranks.
             held_out_rows: of all ranks.
+
+        Returns:
+            Three lists of views of what is kept, float32, each (in,) or a panel (rows, columns) of an (in, in) matrix.
         """
         self._mirrored.clear()
         self.rows, self.held_out_rows = rows, held_out_rows
