@@ -51,13 +51,12 @@ def test_tiny_models(tiny_models):
 def test_llama_awq(workshop, tiny_models):
     said = workshop.run("llama_awq.py", tiny_models["llama"], "awq")
     layers, mappings, before, after = found(r"# layers, # mappings .*\n# bytes of weights, now #", said)
-    (original,) = found(r"original +perplexity #", said)
     rounded, rounded_lost = found(r"rounded +perplexity #   KL divergence #", said)
     awq, awq_lost = found(r"AWQ +perplexity #   KL divergence #", said)
     assert (layers, mappings) == (2 * 7, 2 * 4)
     assert after < before / 6
     assert awq_lost < rounded_lost / 2
-    assert original < awq < rounded
+    assert awq < rounded
     packed = [name for name in stored(workshop.folder / "awq") if name.endswith("weight_packed")]
     assert len(packed) == layers
     assert (workshop.folder / "awq" / "recipe.yaml").exists()
