@@ -31,12 +31,12 @@ def main(
     """Compress the encoder MODEL into OUTPUT_DIR, and compare its sentence embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoder = AutoModel.from_pretrained(model)
-    texts, held_out = lines("emma.txt", 256), lines("northanger-abbey.txt", 200)
+    texts, held_out = sentences("emma.txt", 256), sentences("northanger-abbey.txt", 100)
     before = embeddings(encoder, tokenizer, held_out)
 
     for modifier in (QuantizationModifier, GPTQModifier):
         recipe = modifier(scheme=FOUR_BITS, ignore=IGNORE)
-        compressed = oneshot(copy.deepcopy(encoder), texts, recipe, tokenizer=tokenizer, max_seq_length=16)
+        compressed = oneshot(copy.deepcopy(encoder), texts, recipe, tokenizer=tokenizer)
         after = embeddings(compressed, tokenizer, held_out)
         cosine = nn.functional.cosine_similarity(before, after).mean()
         same = (nearest(before) == nearest(after)).float().mean()
@@ -51,10 +51,10 @@ def main(
           f"{'the same, bit for bit' if torch.equal(loaded, after) else 'NOT the same'}")  # fmt: skip
 
 
-def lines(novel: str, count: int) -> list[str]:
-    """The first lines of some length, behind the front matter."""
-    found = [line for line in (NOVELS / novel).read_text()[2000:200_000].splitlines() if len(line) > 55]
-    return found[:count]
+def sentences(novel: str, count: int) -> list[str]:
+    """The first of some length, behind the front matter."""
+    text = " ".join((NOVELS / novel).read_text()[2000:200_000].split())
+    return [sentence for sentence in text.split(". ") if 40 < len(sentence) < 160][:count]
 
 
 @torch.no_grad()

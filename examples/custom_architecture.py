@@ -78,13 +78,16 @@ def main() -> None:
         print(f"  {error}\n")
 
     print(f"Digits that it has not seen, 3 bits (in full precision: {right(model, x[held_out], y[held_out])}):")
-    for name, recipe in (("rounded", THREE_BITS), ("AWQ", [AWQModifier(mappings=MAPPINGS), THREE_BITS])):
+    for name, recipe in (("rounded", THREE_BITS), ("AWQ", [AWQModifier(mappings=MAPPINGS, clip=False), THREE_BITS])):
         compressed = oneshot(copy.deepcopy(model), x[seen], recipe)
         outputs = evaluate(compressed, x[held_out], original=model).outputs
         score = right(compressed, x[held_out], y[held_out])
         print(f"  {name:<8} {score} right, outputs are off by {outputs.relative_error:.1%}")
-    used = {(m["smooth_layer"].split(".")[-1], m["source"]) for m in compressed.bitpress.report["mappings"]}
-    print(f"  the mappings used, by their smooth layer: {sorted(used)}")
+
+    print("\nThe squared error at the outputs of each mapping's balance layers:")
+    for each in compressed.bitpress.report["mappings"]:
+        won = 1 - each["error"] / each["error_before"]
+        print(f"  {each['smooth_layer']:<15} ({each['source']}) {won:.0%} less")
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 20) -> nn.Module:

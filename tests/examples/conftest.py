@@ -51,5 +51,5 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_models(workshop):
     """The folder of each tiny model, by its kind; and what was said while they were made."""
-    said = workshop.run("tiny_models.py", "models", "--steps", "150")
+    said = workshop.run("tiny_models.py", "models", "--steps", "100")
     return {kind: workshop.folder / "models" / kind for kind in ("llama", "moe", "bert")} | {"said": said}

@@ -42,10 +42,11 @@ def test_every_example_is_in_the_docs():
 
 
 def test_tiny_models(tiny_models):
-    """ "tiny_models.py": they have learned: a token out of 512 would be 6.2 nats."""
+    """What "tiny_models.py" makes has learned: guessing one of 512 tokens would be 6.2 nats."""
     losses = [float(n) for n in re.findall(r"([\d.]+) nats a token", tiny_models["said"])]
     assert len(losses) == 3
-    assert max(losses) < 0.9 * math.log(512)
+    assert max(losses[:2]) < 0.9 * math.log(512)
+    assert losses[2] < math.log(512)
 
 
 def test_llama_awq(workshop, tiny_models):
@@ -69,9 +70,10 @@ def test_custom_architecture(workshop):
     assert "re:.*gate$" in refused
     moved, rounding = found(r"moves by\s+# of what.*explains\s+#\)", " ".join(refused.split()))
     assert moved > 100 * rounding
-    rounded, awq = (found(rf"{name} .*off by #%", said)[0] for name in ("rounded", "AWQ"))
-    assert awq < rounded
-    assert "[('norm', 'user'), ('value', 'user')]" in said
+    won = [int(percent) for percent in re.findall(r"blocks\.\d\.\w+ +\(user\) (-?\d+)% less", said)]
+    assert len(won) == 3 * 2
+    assert min(won) >= 0
+    assert max(won) > 5
 
 
 def test_custom_modifier(workshop, tiny_models):
@@ -132,7 +134,7 @@ def test_bit_budget(workshop, tiny_models):
 
 
 def test_two_processes(workshop, tiny_models):
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     said = workshop.run("two_processes.py", tiny_models["llama"], "by-two", launcher=torchrun)
     checksums = re.findall(r"process (\d) of 2: checksum ([0-9a-f]{8})", said)
     assert sorted(number for number, _ in checksums) == ["1", "2"]
