@@ -77,7 +77,10 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([text[:100_000]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=512, model_input_names=inputs, **special
+    )  # fmt: skip
 
 
 def train(model: PreTrainedModel, ids: Tensor, steps: int) -> float:

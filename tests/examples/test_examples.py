@@ -160,6 +160,7 @@ def test_packed_runtime(workshop, tiny_models):
     assert "Emma Woodhouse, handsome, clever, and rich, had …" in said
 
 
+@pytest.mark.slow
 def test_demo(workshop, tiny_models):
     """With a tiny model in SmolLM2's place."""
     said = workshop.run("demo.py", SMOLLM2=str(tiny_models["llama"]))
