@@ -103,3 +103,7 @@ def _status_gib(field: str) -> float:
 def report(**row) -> None:
     """One line that a program can read."""
     print("RESULT", json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    print(make_smollm2())
