@@ -65,7 +65,7 @@ def test_llama_awq(workshop, tiny_models):
 
 def test_custom_architecture(workshop):
     said = workshop.run("custom_architecture.py")
-    assert 'AWQMapping(r"re:.*blocks\\.\\d+\\.norm$"' in said
+    assert 'AWQMapping(r"re:blocks\\.\\d+\\.norm$", [' in said
     refused = said.partition("a wrong mapping:")[2].partition("Digits")[0]
     assert "re:.*gate$" in refused
     moved, rounding = found(r"moves by\s+# of what.*explains\s+#\)", " ".join(refused.split()))
@@ -144,8 +144,8 @@ def test_two_processes(workshop, tiny_models):
 
 def test_evaluation(workshop, tiny_models):
     said = workshop.run("evaluation.py", tiny_models["llama"])
-    four, three = (found(rf"{bits} bits +│ +# +│ +# +│ +# ±", said) for bits in (4, 3))
-    assert all(more > less for more, less in zip(three, four, strict=True))
+    (four,), (three,) = (found(rf"{bits} bits +│ [\d.]+ +│ [\d.]+ +│ # ±", said) for bits in (4, 3))
+    assert 0 < four < three
     assert said.count("the original says") == 3
 
 

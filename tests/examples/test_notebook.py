@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "what-awq-does.ipynb"
@@ -58,8 +57,3 @@ def test_what_is_stored_is_whole():
 def test_nothing_stored_is_a_path_of_somebody():
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert not re.search(r'"[^"]*(/home/|/tmp/|/root/|/Users/)', text)
-
-
-@pytest.mark.parametrize("import_line", ["compute_activation_stats", "search_module_scale", "output_error"])
-def test_it_uses_the_library(import_line):
-    assert import_line in NOTEBOOK.read_text(encoding="utf-8")
