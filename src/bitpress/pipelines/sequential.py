@@ -61,11 +61,12 @@ def run_sequential(
         mine = {index: data.batches[index] for index in state.ranks.mine(len(data.batches))}
         forwards = {i: PausedForward(state.model, batch.args, batch.kwargs) for i, batch in mine.items()}
         # The first may write to what it is given.
-        compares, witness = _compares(state, modifiers), next(iter(mine), None) if state.ranks.is_first else None
-        own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if compares or i == witness}
+        compares, witness = _compares(state, modifiers), Witness.of(mine if state.ranks.is_first else {})
+        own = {i: Call(b.args, b.kwargs).copy() for i, b in mine.items() if compares or i == witness.index}
         originals = {i: PausedForward(state.model, call.args, call.kwargs) for i, call in own.items()}
         masks = [b.mask() for b in data.batches]
         schedule = _Schedule(state, modifiers, points, forwards, originals, masks, changes, on_progress)
+        schedule.witness = witness
         try:
             schedule.run(order)
         finally:
@@ -103,9 +104,7 @@ class _Schedule:
         self.movable: dict[PausedForward, list[UntypedStorage]] = {}
         self.unpaired: set[str] = set()
         self.compares = _compares(state, modifiers)
-        # Of other ranks' batches nothing is seen.
-        index = next(iter(forwards), None) if state.ranks.is_first else None
-        self.witness = Witness(index, None if index is None else masks[index])
+        self.witness = Witness(None, None)
         self.lost = 0
         self.ends = False
         self.done = 0

@@ -4,14 +4,19 @@ The witness is the first batch. What each block makes of it is kept three times:
 original weights behind compressed blocks, and with the new weights. That is one more forward of one batch, of many.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bitpress.pipelines.data import Batch
+
 # In the original model; its weights in the compressed one; the compressed model.
 ORIGINAL, BEFORE, AFTER = "original", "before", "after"
+# What one more forward may cost: a batch of so many, or so few positions that nobody waits for them.
+ONE_IN, FEW_POSITIONS = 8, 4096
 
 
 class Witness:
@@ -25,6 +30,16 @@ class Witness:
         self.index = index
         self._mask = mask
         self._outputs: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, batches: Mapping[int, Batch]) -> "Witness":
+        """The first batch of this process; none where that is a large part of the work."""
+        index = next(iter(batches), None)
+        if index is None:
+            return cls(None, None)
+        mask = batches[index].mask()
+        small = mask is None or len(batches) >= ONE_IN or mask.numel() <= FEW_POSITIONS
+        return cls(index, mask) if small else cls(None, None)
 
     def see(self, index: int, which: str, output: Any) -> None:
         """Keep a block's output if the batch is the witness; the last that is seen counts."""
