@@ -433,9 +433,9 @@ def test_progress_counts_blocks(data):
     assert [(p.block, p.phase) for p in told] == [
         (block, phase)
         for block in ("model.layers.0", "model.layers.1", "lm_head")
-        for phase in ("calibrate", "solve", *(["propagate"] if block != "lm_head" else []))
+        for phase in ("calibrate", "solve", "Watching", *(["propagate"] if block != "lm_head" else []), "write")
     ]
-    assert [p.done for p in told] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [p.done for p in told] == [0] * 5 + [1] * 5 + [2] * 4
     assert {p.total for p in told} == {3}
 
 
