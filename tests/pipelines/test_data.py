@@ -391,6 +391,7 @@ def test_fewer_samples_than_asked(caplog, tokenizer):
     assert "gave only 3" in caplog.text
     caplog.clear()
     prepare(TEXTS, tokenizer=tokenizer, num_calibration_samples=3)
+    prepare(TEXTS, tokenizer=tokenizer)  # nobody asked for a number
     assert not caplog.text
 
 

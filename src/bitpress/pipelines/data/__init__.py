@@ -30,12 +30,15 @@ __all__ = ["Batch", "CalibrationData", "prepare"]
 
 logger = logging.getLogger(__name__)
 
+# Of oneshot, where nobody has asked for a number.
+SAMPLES = 512
+
 
 def prepare(  # noqa: PLR0913 - the options of oneshot
     dataset: Any,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    num_calibration_samples: int = 512,
+    num_calibration_samples: int = SAMPLES,
     max_seq_length: int | None = None,
     batch_size: int = 1,
     text_column: str = "text",
@@ -123,7 +126,8 @@ def prepare(  # noqa: PLR0913 - the options of oneshot
         data = batch_samples(samples, batch_size, tokenizer, model)
 
     if data.samples < num_calibration_samples:
-        logger.warning(
+        logger.log(
+            logging.INFO if num_calibration_samples == SAMPLES else logging.WARNING,
             "num_calibration_samples=%d, but %s gave only %d: calibrating with those. Give more data, "
             "or ask for as many",
             num_calibration_samples,
