@@ -104,6 +104,6 @@ $(GPTQMODEL)/.bitpress-installed: pyproject.toml tests/serving/gptqmodel.txt
 	@echo "Installing GPTQModel and bitpress into $(GPTQMODEL): some minutes the first time"
 	@test -x $(GPTQMODEL)/bin/python || $(PYTHON) -m venv $(GPTQMODEL)
 	@$(call PIP_IN,$(GPTQMODEL)) $(TORCH)
-	@$(call PIP_IN,$(GPTQMODEL)) -e . 'pytest>=8.4' 'setuptools>=80' wheel packaging ninja maturin
+	@$(call PIP_IN,$(GPTQMODEL)) -e . 'pytest>=8.4' 'hypothesis>=6.100' 'setuptools>=80' wheel packaging ninja maturin
 	@BUILD_CUDA_EXT=0 $(call PIP_IN,$(GPTQMODEL)) --no-deps --no-build-isolation -r tests/serving/gptqmodel.txt
 	@touch $@
