@@ -103,7 +103,7 @@ def heat(
         x = LABELS + each * 40
         shapes.append(tag("rect", x=x, y=bottom + 24, width=39, height=10, class_=f"cell shade{each}"))
         if each % 2 == 0:
-            shapes.append(_text(x, bottom + 46, f"from {form(math.exp(low + (high - low) * each / SHADES))}"))
+            shapes.append(_text(x, bottom + 46, f"≥ {form(math.exp(low + (high - low) * each / SHADES))}"))
     most = max(cells, key=lambda place: cells[place], default=None)
     said = f"The greatest is {rows[most[0]]} of {columns[most[1]]}: {form(cells[most])}" if most else ""
     return figure(title, f"{title}. {said}.", bottom + 52, *shapes)
