@@ -33,6 +33,8 @@ def blocks(page: Path) -> list[Block]:
 def commands(block: Block) -> list[str]:
     """The calls of bitpress in a console block, without prompts and comments."""
     lines = block.text.replace("\\\n", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):  # what is without a prompt is an answer
+        lines = [line for line in lines if line.startswith("$ ")]
     stripped = (re.sub(r"\s#.*", "", line).removeprefix("$ ").strip() for line in lines)
     return [line for line in stripped if line.startswith("bitpress ")]
 

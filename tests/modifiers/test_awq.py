@@ -168,7 +168,8 @@ def test_without_data():
 
 
 @pytest.mark.parametrize(
-    ("field", "nearest"), [("group", "group_size"), ("mapping", "mappings"), ("num_bits", "bits"), ("ngrid", "n_grid")]
+    ("field", "nearest"),
+    [("groupsize", "group_size"), ("mapping", "mappings"), ("num_bits", "bits"), ("ngrid", "n_grid")],
 )
 def test_unknown_field_names_the_nearest(field, nearest):
     with pytest.raises(BitpressError, match=f"AWQModifier has no field '{field}'; did you mean '{nearest}'"):

@@ -20,6 +20,7 @@ def oneshot(  # noqa: PLR0913, PLR0917
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the dataset.")] = "text",
     splits: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of a dataset on the hub.")] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Sequences at most.")] = 512,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens per sequence at most.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
