@@ -70,6 +70,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         *["--no-resume", "--no-stream", "--activations", "disk", "--device", "cpu", "--max-shard-size", "1GB"],
         *["--format", "awq", "--tokenizer", "words", "--processor", "eyes", "--no-shuffle-calibration-samples"],
         *["--sequential-targets", "Layer", "--sequential-targets", "re:h.*", "--moe-min-tokens", "9"],
+        *["--dataset-config-name", "english"],
     )
     assert result.exit_code == 0, result.output
     assert given == {
@@ -78,6 +79,7 @@ def test_every_option_reaches_oneshot(folder, tmp_path, monkeypatch):
         "recipe_args": {"group_size": 64, "ignore": ["lm_head", "re:a=b"]},
         "text_column": "prose",
         "splits": "train[:3]",
+        "dataset_config_name": "english",
         "num_calibration_samples": 6,
         "max_seq_length": 16,
         "batch_size": 2,
@@ -291,11 +293,12 @@ def test_inspect(compressed):
     assert "model.layers.1.mlp.up_proj " in run("inspect", folder / "out4", "--each").stdout
 
 
-def test_compare(compressed):
+def test_compare(compressed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     folder, _ = compressed
     result = run("compare", folder / "out4", folder / "out3", "--shown", "1")
     assert result.exit_code == 0, result.output
-    assert "int4 group 32 asymmetric → int3 group 32 asymmetric" in " ".join(result.stdout.split())
+    assert "int4 group 32 asymmetric → int3 group 32 asymmetric" in result.stdout
     assert result.stdout.count("_proj") == 1
     told = json.loads(run("compare", folder / "out4", folder / "out3", "--json").stdout)
     assert not told["same"]
