@@ -49,6 +49,12 @@ def write_card(directory: Path) -> None:
     (directory / (SECOND_CARD if theirs else CARD_FILE)).write_text(card, encoding="utf-8")
 
 
+def renew_card(directory: Path) -> None:
+    """The card of another format says another use; without a report there is nothing to say."""
+    if (directory / REPORT_FILE).is_file():
+        write_card(directory)
+
+
 def make_card(directory: Path) -> str:
     """The card's text; see :func:`write_card`."""
     config, report = _json(directory / CONFIG_FILE), _json(directory / REPORT_FILE)

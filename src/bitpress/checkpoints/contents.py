@@ -3,7 +3,6 @@
 Only headers are read to open it, and the tensors of one layer to look at that.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitpress.checkpoints.directory import CONFIG_FILE
+from bitpress.checkpoints.directory import CONFIG_FILE, read_config
 from bitpress.checkpoints.formats.opening import Checkpoint
 from bitpress.checkpoints.shards import Shards
 from bitpress.checkpoints.source import directory_of
@@ -111,13 +110,7 @@ class Contents:
 
 
 def _is_compressed(directory: Path) -> bool:
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        raise BitpressError(f"{directory}: {CONFIG_FILE} is not JSON: {error}") from error
-    return isinstance(config, dict) and bool(config.get("quantization_config"))
+    return (directory / CONFIG_FILE).is_file() and bool(read_config(directory).get("quantization_config"))
 
 
 def _as_stated(checkpoint: Checkpoint | None, scheme: QuantizationScheme) -> QuantizationScheme:

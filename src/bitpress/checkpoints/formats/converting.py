@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.checkpoints.card import write_card
-from bitpress.checkpoints.directory import CONFIG_FILE, REPORT_FILE, check_destination, whole_directory
+from bitpress.checkpoints.card import renew_card
+from bitpress.checkpoints.directory import CONFIG_FILE, check_destination, whole_directory
 from bitpress.checkpoints.formats import gguf
 from bitpress.checkpoints.formats.layer import Layer
 from bitpress.checkpoints.formats.opening import COMPRESSED, FOREIGN, Checkpoint
@@ -101,7 +101,7 @@ def convert(
         config = {**checkpoint.config, "quantization_config": target.config}
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _copy_companions(checkpoint.shards.directory, draft)
-        _renew_card(draft)
+        renew_card(draft)
     target.rounding.warn()
     return path
 
@@ -130,12 +130,6 @@ def _zeros(layer: Layer, target: Target) -> QuantizedWeight:
     grid = (layer.shape[0], layer.groups) if layer.args.strategy != "tensor" else (1,)
     scale = torch.ones(grid, dtype=target.rounding.dtype)
     return QuantizedWeight(torch.zeros(layer.shape, dtype=torch.int8), scale, scale.to(torch.int8), layer.args)
-
-
-def _renew_card(draft: Path) -> None:
-    """The card of another format says another use; without a report there is nothing to say."""
-    if (draft / REPORT_FILE).is_file():
-        write_card(draft)
 
 
 def _copy_companions(source: Path, draft: Path) -> None:

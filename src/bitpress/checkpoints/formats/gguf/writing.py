@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.checkpoints.card import write_card
+from bitpress.checkpoints.card import renew_card
 from bitpress.checkpoints.directory import PAGE_FILE, RECIPE_FILE, REPORT_FILE, check_destination, whole_directory
 from bitpress.checkpoints.formats.gguf.architectures import (
     Architecture,
@@ -77,8 +77,7 @@ def write(checkpoint: Checkpoint, destination: str | os.PathLike[str], *, overwr
         for beside in (RECIPE_FILE, REPORT_FILE, PAGE_FILE):
             if (checkpoint.shards.directory / beside).is_file():
                 shutil.copyfile(checkpoint.shards.directory / beside, draft / beside)
-        if (draft / REPORT_FILE).is_file():
-            write_card(draft)
+        renew_card(draft)
     scales.warn()
     minima.warn()
     return path
