@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import bitpress
 from bitpress import BitpressError, oneshot
-from bitpress.session.recipe import arguments_of, shipped_recipes
+from bitpress.session.recipe import Recipe, arguments_of, shipped_recipes
 
 RECIPES = shipped_recipes()
 # Arguments without a default.
@@ -55,7 +55,8 @@ def test_what_is_evaluated_is_what_is_loaded(name, source, tmp_path):
     before = tiny.logits(model)
     data = None if "without data" in " ".join(comment(name)) else token_ids(4)
     options = {"recipe_args": NEEDED.get(name), "num_calibration_samples": 4}
-    if data is not None:
+    writes = any(modifier.writes for modifier in Recipe.of(name, NEEDED.get(name)).modifiers)
+    if data is not None and not writes:
         with pytest.raises(BitpressError, match=r"no dataset was given|needs calibration data"):
             oneshot(model, None, name, **options)
     oneshot(model, data, name, **options)

@@ -20,7 +20,7 @@ from bitpress.checkpoints.saving import Companions
 from bitpress.checkpoints.source import CannotStreamError, Source, UnknownArchitectureError, open_source
 from bitpress.checkpoints.unknown import open_by_names
 from bitpress.errors import BitpressError
-from bitpress.pipelines.data import CalibrationData, prepare
+from bitpress.pipelines.data import CalibrationData, prepare, with_generated
 from bitpress.pipelines.experts import MIN_TOKENS
 from bitpress.pipelines.solving import Progress
 from bitpress.ranks import among_ranks, current
@@ -163,7 +163,9 @@ def oneshot(  # noqa: PLR0913
     steps = Recipe.of(recipe, recipe_args)
     output = _Destination(output_dir, save_compressed, format, overwrite, max_shard_size)
     output.check()
-    if tokenizer is None and processor is None and (not isinstance(model, nn.Module) or dataset is not None):
+    writing = next((m.writes for m in steps.modifiers if m.writes is not None), None)
+    reads = dataset is not None or writing is not None
+    if tokenizer is None and processor is None and (not isinstance(model, nn.Module) or reads):
         tokenizer = _find_tokenizer(model, trust_remote_code_model)
     tokenizer = _loaded("AutoTokenizer", tokenizer, trust_remote_code_model)
     processor = _loaded("AutoProcessor", processor, trust_remote_code_model)
@@ -176,12 +178,16 @@ def oneshot(  # noqa: PLR0913
         "activations": activations,
     }
 
+    text_tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", processor)
+
     def read_data(of: nn.Module) -> CalibrationData | None:
-        if dataset is None:
-            return None
+        given = None if dataset is None else read_dataset(of)
+        return given if writing is None else with_generated(given, of, writing, text_tokenizer, seed)
+
+    def read_dataset(of: nn.Module) -> CalibrationData:
         return prepare(
             dataset,
-            tokenizer=tokenizer if tokenizer is not None else getattr(processor, "tokenizer", processor),
+            tokenizer=text_tokenizer,
             num_calibration_samples=num_calibration_samples,
             max_seq_length=max_seq_length,
             batch_size=batch_size,

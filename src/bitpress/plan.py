@@ -72,6 +72,7 @@ def plan(
         per_token=width * next(first).element_size(),
         streamed=streamed,
         disk=disk,
+        learns=any(modifier.learns_blocks for modifier in steps.modifiers),
         device=place,
     )
     return needs if streamed else replace(needs, memory={MODEL: source.shards.nbytes, **needs.memory})

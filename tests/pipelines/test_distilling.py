@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bitpress import BitpressError, DistillationModifier, QuantizationModifier, save
 from bitpress.checkpoints.attached import attached_layers, packed_weight
+from bitpress.modifiers import LearnedRoundingModifier
 from bitpress.session import Session
 
 DATA = tiny.token_data(16)
@@ -168,3 +169,13 @@ def test_two_of_them_are_refused():
 def test_coarser_grids_are_tuned_longer(bits, epochs):
     session = tiny.compress(tiny.llama(), [*rtn(bits=bits), DistillationModifier()], DATA)
     assert session.state.tuning.epochs == epochs
+
+
+@pytest.mark.parametrize(("bits", "learned", "epochs"), [(4, False, 1), (2, False, 3), (4, True, 0), (3, True, 1)])
+def test_how_many_epochs_auto_is(bits, learned, epochs):
+    rounding = [LearnedRoundingModifier(iterations=1)] if learned else []
+    session = Session(tiny.llama(), [*rtn(bits=bits), *rounding, DistillationModifier()])
+    session.check()
+    session.initialize(DATA)
+    found = 0 if session.state.tuning is None else session.state.tuning.epochs
+    assert found == epochs

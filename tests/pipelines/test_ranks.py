@@ -9,7 +9,7 @@ from compressing import awq, rtn, scheme
 from pydantic import PrivateAttr
 
 from bitpress import AWQModifier, BitpressError, DistillationModifier, GPTQModifier, QuantizationModifier
-from bitpress.modifiers import SmoothQuantModifier
+from bitpress.modifiers import LearnedRoundingModifier, SmoothQuantModifier
 from bitpress.modifiers import awq as awq_modifier
 from bitpress.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from bitpress.statistics import Statistic
@@ -56,6 +56,7 @@ RECIPES = {
     "global scales": lambda: [AWQModifier(), QuantizationModifier(ignore=["lm_head"], scheme="NVFP4A16")],
     "blocks": lambda: [AWQModifier(), QuantizationModifier(ignore=["lm_head"], config_groups={"g": blocks()})],
     "distilled": lambda: [*rtn(), DistillationModifier()],
+    "learned": lambda: [quantizing(GPTQModifier, bits=3), LearnedRoundingModifier(iterations=6, batch_size=3)],
     "chosen": lambda: [
         QuantizationModifier(ignore=["lm_head"], choose_from=[scheme(bits=b) for b in (3, 4)], bits_per_weight=3.5)
     ],

@@ -61,7 +61,7 @@ def test_one_recipe_serves_several_values():
 def test_files_and_names_take_arguments(tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE)
     assert Recipe.of(tmp_path / "r.yaml", {"size": 64}) == Recipe.of(RECIPE, {"size": 64})
-    weights = Recipe.of("w4a16-balanced", {"group_size": 64}).modifiers[1].config_groups["group_0"].weights
+    weights = Recipe.of("w4a16-balanced", {"group_size": 64}).modifiers[-1].config_groups["group_0"].weights
     assert (weights.group_size, weights.actorder) == (64, "static")
 
 

@@ -3,9 +3,11 @@
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.distillation import DistillationModifier
+from bitpress.modifiers.generated import GeneratedTextModifier
 from bitpress.modifiers.gptq import GPTQModifier
 from bitpress.modifiers.mappings import AWQMapping, exclude_mapping, register_mappings
 from bitpress.modifiers.quantization import QuantizationModifier
+from bitpress.modifiers.rounding import LearnedRoundingModifier
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
 from bitpress.modifiers.state import State
 
@@ -14,6 +16,8 @@ __all__ = [
     "AWQModifier",
     "DistillationModifier",
     "GPTQModifier",
+    "GeneratedTextModifier",
+    "LearnedRoundingModifier",
     "Modifier",
     "QuantizationModifier",
     "SmoothQuantModifier",

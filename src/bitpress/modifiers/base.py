@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitpress.errors import BitpressError
 from bitpress.models.blocks import Block
 from bitpress.modifiers.foreign import OF_ALL, Foreign
-from bitpress.modifiers.state import Measured, State
+from bitpress.modifiers.state import Measured, State, Writing
 from bitpress.quantization import QuantizationScheme
 from bitpress.statistics import Statistic
 
@@ -97,6 +97,16 @@ class Modifier(BaseModel):
     @property
     def needs_whole_model(self) -> bool:
         """True if all weights must be there at once: then the model cannot stay on the disk."""
+        return False
+
+    @property
+    def writes(self) -> Writing | None:
+        """How much calibration text the model is to write itself; none by default."""
+        return None
+
+    @property
+    def learns_blocks(self) -> bool:
+        """True if a solved block is to learn from what it gave in the original model: see ``state.rounding``."""
         return False
 
     def resolve_schemes(self, model: nn.Module) -> dict[str, QuantizationScheme]:

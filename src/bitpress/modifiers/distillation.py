@@ -1,5 +1,6 @@
 """DistillationModifier: tune the scales of the solved model until it predicts what the original does."""
 
+import logging
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,6 +8,8 @@ from pydantic import Field
 from bitpress.errors import BitpressError
 from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.state import State, Tuning
+
+logger = logging.getLogger(__name__)
 
 # Bits of a grid that one epoch is enough for.
 ENOUGH_FOR_ONE = 4
@@ -28,7 +31,8 @@ class DistillationModifier(Modifier):
 
     Attributes:
         epochs: passes over the calibration batches; "auto" is 1 for grids of 4 bits or more, 2 for 3 bits and 3 for 2:
-            what few samples teach is soon learned by heart, but coarser grids have more to learn.
+            what few samples teach is soon learned by heart, but coarser grids have more to learn. Behind a
+            LearnedRoundingModifier it is 1 for grids of fewer than 4 bits, and none for others: they have learned it.
         learning_rate: of Adam, for the factors' logarithms on a grid of 4 bits; greater on coarser ones, by as much
             as their steps are. It falls linearly to 0.
         held_out: the share of the batches that only judge.
@@ -53,5 +57,15 @@ class DistillationModifier(Modifier):
         if state.tuning is not None:
             raise BitpressError("the recipe has two DistillationModifiers: state one.")
         coarsest = min((int(s.weights.num_bits) for s in state.schemes.values()), default=ENOUGH_FOR_ONE)
-        epochs = 1 + max(0, ENOUGH_FOR_ONE - coarsest) if self.epochs == "auto" else self.epochs
+        epochs = self._epochs(coarsest, learned=state.rounding is not None) if self.epochs == "auto" else self.epochs
+        if not epochs:
+            logger.info("DistillationModifier: at %d bits the learned rounding leaves nothing to tune.", coarsest)
+            return
         state.tuning = Tuning(epochs, self.learning_rate, self.held_out, self.gradient_checkpointing)
+
+    @staticmethod
+    def _epochs(coarsest: int, *, learned: bool) -> int:
+        """What "auto" is."""
+        if learned:
+            return int(coarsest < ENOUGH_FOR_ONE)
+        return 1 + max(0, ENOUGH_FOR_ONE - coarsest)

@@ -93,7 +93,7 @@ OF_SMOOTHQUANT: Mapping[str, Foreign] = {
 }
 # Modifiers that are not here, with what to use in their place.
 ABSENT: Mapping[str, str] = {
-    "AutoRoundModifier": "DistillationModifier after GPTQModifier tunes scales by gradients (the recipe w4a16-best)",
+    "AutoRoundModifier": "LearnedRoundingModifier after GPTQModifier learns from there (the recipe w4a16-best)",
     "ConstantPruningModifier": "bitpress does not prune",
     "IMatrixGatherer": "observer: imatrix_mse gathers what it needs: leave it out",
     "LogarithmicEqualizationModifier": "use SmoothQuantModifier, with smoothing_strength: search",

@@ -271,6 +271,8 @@ class QuantizationModifier(AllocatingModifier):
             figures["spread"] = spread(quantized)
             state.layer_records.setdefault(name, {}).update(figures)
             note_solved(state, name, type(self).__name__, matrix, quantized)
+            if state.rounding is not None:
+                state.unrounded[name] = matrix.clone()
             matrix.copy_(quantized.dequantize())
             state.quantized[name] = quantized
 

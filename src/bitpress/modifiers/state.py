@@ -57,6 +57,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """How much text the model writes to calibrate on; see :class:`bitpress.modifiers.GeneratedTextModifier`."""
+
+    samples: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Tuning:
     """How the scales are tuned after the last block; see :class:`bitpress.modifiers.DistillationModifier`."""
 
@@ -64,6 +72,16 @@ class Tuning:
     learning_rate: float
     held_out: float
     gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the rounding of each block is learned; see :class:`bitpress.modifiers.LearnedRoundingModifier`."""
+
+    iterations: int
+    batch_size: int
+    travel: float
+    learning_rate: float
 
 
 @dataclass
@@ -89,12 +107,14 @@ class State:
             quantizes it.
         global_scales: of the current block's layers that have one (NVFP4): (1,), float32.
         quantized: the current block's layers that have been quantized.
+        unrounded: what the weights of these layers were just before, where rounding is learned.
         layer_records: a dictionary of figures per quantized layer, for the report.
         block_records: how far the output of each solved block is off, by its name, for the report; see
             :mod:`bitpress.pipelines.witness`.
         output_energies: of the current block's layers, of the rows that :mod:`bitpress.modifiers.steps` samples.
         mapping_records: a dictionary of figures per smoothed mapping, for the report.
         unmapped: why a layer has no mapping that scales its input, by name, for the report.
+        rounding: how rounding is learned once a block is solved, if it is.
         tuning: how scales are tuned once all is solved, if they are.
         distillation: what that brought, for the report.
         watch: the seconds spent in each phase.
@@ -120,11 +140,13 @@ class State:
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     global_scales: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    unrounded: dict[str, Tensor] = field(default_factory=dict)
     layer_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     block_records: dict[str, dict[str, float]] = field(default_factory=dict)
     output_energies: dict[str, float] = field(default_factory=dict)
     mapping_records: list[dict[str, Any]] = field(default_factory=list)
     unmapped: dict[str, str] = field(default_factory=dict)
+    rounding: Rounding | None = None
     tuning: Tuning | None = None
     distillation: dict[str, Any] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)

@@ -89,16 +89,18 @@ def distill(state: State, data: CalibrationData | None, changes: Changes, on_pro
 
 
 def check_enough(state: State, data: CalibrationData | None) -> None:
-    """Refuse to tune by a single batch.
+    """Refuse to learn from a single batch.
 
     Raises:
         BitpressError: there is none to judge by.
     """
-    if state.tuning is not None and data is not None and len(data.batches) < 2:
-        raise BitpressError(
-            "DistillationModifier needs at least two calibration batches, one of which is held out to judge by: give "
-            "more samples, or a smaller batch_size."
-        )
+    asking = {"DistillationModifier": state.tuning, "LearnedRoundingModifier": state.rounding}
+    for name, settings in asking.items():
+        if settings is not None and data is not None and len(data.batches) < 2:
+            raise BitpressError(
+                f"{name} needs at least two calibration batches, one of which is held out to judge by: give more "
+                "samples, or a smaller batch_size."
+            )
 
 
 class _Student:

@@ -64,7 +64,11 @@ def predictions(output: Any, batch: Batch) -> Tensor | None:
 
 def first_tensor(output: Any, *, with_gradient: bool = False) -> Tensor | None:
     """The first tensor of floats in a model's output, float32."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and (leaf.requires_grad or not with_gradient):
-            return leaf.float()
-    return None
+    found = first_floats(output, with_gradient=with_gradient)
+    return None if found is None else found.float()
+
+
+def first_floats(output: Any, *, with_gradient: bool = False) -> Tensor | None:
+    """The same, as it is."""
+    leaves = (x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point())
+    return next((x for x in leaves if x.requires_grad or not with_gradient), None)

@@ -35,15 +35,20 @@ def infer_pipeline(named: str | None, state: State, modifiers: Sequence[Modifier
         raise BitpressError(f"pipeline {named!r} is not known{nearest(named, list(PIPELINES))}")
     places = [*state.schemes, *state.taps]
     asking = [type(m).__name__ for m in modifiers if any(m.required_statistics(state, n) for n in places)]
+    # Rounding is learned from the outputs of single blocks.
+    learning = [type(m).__name__ for m in modifiers if m.learns_blocks]
+    asking += learning
     measuring = [type(m).__name__ for m in modifiers if m.measured_layers(state)]
     if (asking and named == "datafree") or ((asking or measuring) and not has_data):
         why = "the datafree pipeline has none" if has_data else "no dataset was given"
         raise BitpressError(f"{(asking or measuring)[0]} needs calibration data, but {why}: give oneshot a dataset.")
+    if learning and named not in (None, "sequential"):
+        raise BitpressError(f'{learning[0]} works block after block: leave out pipeline="{named}".')
     if named is not None:
         return named
     if not asking:
         return "datafree"
-    return "sequential" if len(state.blocks) > 1 else "basic"
+    return "sequential" if len(state.blocks) > 1 or learning else "basic"
 
 
 def dry_run(state: State, probe: Batch) -> list[str]:

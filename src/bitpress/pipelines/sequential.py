@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +28,9 @@ from bitpress.models.blocks import Block, Call
 from bitpress.models.taps import OUTPUT
 from bitpress.modifiers import Modifier, State
 from bitpress.pipelines.data import CalibrationData
+from bitpress.pipelines.gradients import first_floats
 from bitpress.pipelines.paused import PausedForward, PausePoints
+from bitpress.pipelines.rounding import learn_rounding, relative_errors
 from bitpress.pipelines.solving import (
     OnProgress,
     Progress,
@@ -78,7 +81,8 @@ def run_sequential(
 
 
 def _compares(state: State, modifiers: Sequence[Modifier]) -> bool:
-    return any(Statistic.DRIFT in m.required_statistics(state, name) for m in modifiers for name in state.schemes)
+    drift = (Statistic.DRIFT in m.required_statistics(state, name) for m in modifiers for name in state.schemes)
+    return state.rounding is not None or any(drift)
 
 
 class _Schedule:
@@ -104,6 +108,7 @@ class _Schedule:
         self.movable: dict[PausedForward, list[UntypedStorage]] = {}
         self.unpaired: set[str] = set()
         self.compares = _compares(state, modifiers)
+        self.targets: dict[int, Tensor] = {}
         self.witness = Witness(None, None)
         self.lost = 0
         self.ends = False
@@ -173,7 +178,11 @@ class _Schedule:
         """A batch waits: what with may go to the disk."""
         storages = [storage for forward in self._of(index) for storage in self.movable.get(forward, ())]
         if not self.started:
-            self.spill, self.started = make_spill(self.state, storages, len(self.forwards)), True
+            # Beside each, what the original model has, and what it gives.
+            each = 1 + bool(self.originals) * self.compares + (self.state.rounding is not None)
+            self.spill, self.started = make_spill(self.state, storages * each, len(self.forwards)), True
+        if index in self.targets:
+            storages.append(self.targets[index].untyped_storage())
         if self.spill is not None:
             self.spill.out(index, storages)
 
@@ -250,6 +259,10 @@ class _Schedule:
                 collector.observe(block.name, call.args, call.kwargs)
             output = self.points.run(block, call)
         self.witness.see(index, ORIGINAL, output)
+        target = first_floats(output) if self.state.rounding is not None else None
+        if target is not None:
+            # The model may write to it when it goes on.
+            self.targets[index] = target.clone()
         if self.ends:
             # What is behind the last block, a head over all words, would be computed for nothing.
             self._stop(original)
@@ -264,7 +277,9 @@ class _Schedule:
 
     def _finish(self, block: Block, collector: InputCollector, *, last: bool) -> None:
         """The block's last call: solve it, and go on with its new weights."""
-        self.witness.judge()  # what was seen of other blocks counts no more
+        # What was seen of other blocks counts no more.
+        self.witness.judge()
+        self.targets = {}
         notes = self.changes.notes(block.name)
         if notes is not None:
             self._restore(block, notes, propagate=not last)
@@ -297,11 +312,12 @@ class _Schedule:
 
     def _solve(self, block: Block, collector: InputCollector, *, propagate: bool = False) -> None:
         self._say(block, "solve")
-        self.state.quantized = {}
+        self.state.quantized, self.state.unrounded = {}, {}
         noted = len(self.state.mapping_records)
         with self.changes.of(block, self.state.quantized):
             with self.state.watch.phase("solve"):
                 solve(self.state, self.modifiers, block, collector.statistics, lambda who: self._say(block, who))
+            self._learn(block)
             ranges = make_range_collector(self.state, self.modifiers, [block])
             if ranges.wants_any:
                 self._calibrate(block, ranges, go_on=propagate, solved=True)
@@ -315,6 +331,25 @@ class _Schedule:
         self._say(block, "write")
         self.changes.finish(block, activations, make_notes(self.state, block, noted))
         self._count()
+
+    def _learn(self, block: Block) -> None:
+        """Learn how the solved block is rounded, if that is asked for."""
+        if self.state.rounding is None:
+            return
+        self._say(block, "learn")
+        count = len(self.masks)
+        held_out = [index for index in range(count) if is_held_out(index, count)]
+        training = [index for index in range(count) if index not in held_out]
+
+        def errors(index: int) -> tuple[Tensor, int]:
+            if index not in self.targets or self.forwards[index].at is not block:
+                return torch.zeros(()), 0
+            with self._awake(index):
+                output = self.points.run(block, self.forwards[index].waiting_for.copy())
+                return relative_errors(output, self.targets[index], self.masks[index])
+
+        with self.state.watch.phase("learn"):
+            learn_rounding(self.state, block, training, held_out, errors)
 
     def _propagate(self, block: Block) -> None:
         self._say(block, "propagate")
@@ -335,7 +370,7 @@ class _Schedule:
                 self.witness.see(index, AFTER, output)
         errors = self.witness.judge()
         if errors:
-            self.state.block_records[block.name] = errors
+            self.state.block_records.setdefault(block.name, {}).update(errors)
 
     def say_what_was_not_compared(self) -> None:
         """Warn once of what the original model's inputs are not known of."""

@@ -26,8 +26,8 @@ class Progress:
         done: blocks that are finished, or others that ``unit`` names.
         total: of them in all.
         block: the current block, for people.
-        phase: "measure", "calibrate", "solve", "propagate", "write", "distill", or the name of the modifier that
-            solves.
+        phase: "measure", "calibrate", "solve", "learn", "propagate", "write", "distill", or the name of the
+            modifier that solves.
         unit: what is counted: "blocks"; "tensors" where no block is looked at; before and after the blocks "draws",
             "batches" or "steps".
     """

@@ -14,6 +14,7 @@ PHASES = {
     "calibrate": "forwards that fill the statistics",
     "solve": "the modifiers' own work",
     "propagate": "forwards with new weights",
+    "learn": "learning how blocks are rounded",
     "distill": "tuning the scales",
 }
 

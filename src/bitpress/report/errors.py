@@ -50,7 +50,21 @@ def network(report: Report) -> list[Markup]:
         ),
         tag("div", *drawn, class_="plots"),
         folded("The figures of each block", table("Errors of blocks", ("block", "accumulated", "its own"), rows, 2)),
+        *_learned(blocks),
     ]
+
+
+def _learned(blocks: dict[str, Any]) -> list[Markup]:
+    """What learning how blocks are rounded has brought, on the batches that were held out."""
+    known = {name: each for name, each in blocks.items() if "learned_error" in each}
+    if not known:
+        return []
+    rows = []
+    for name, each in known.items():
+        solved, learned = each["solved_error"], each["learned_error"]
+        rows.append((name, percent(solved), percent(learned), "yes" if learned < solved else "no"))
+    heads = ("block", "as it was solved", "learned", "kept")
+    return [folded("What learning the rounding brought", table("Errors of held-out batches", heads, rows, 2))]
 
 
 def by_layer(report: Report) -> list[Markup]:

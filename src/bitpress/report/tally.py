@@ -11,6 +11,7 @@ PHASES = {
     "calibrate": "calibrating",
     "propagate": "passing on",
     "solve": "solving",
+    "learn": "learning",
     "write": "writing",
     "distill": "distilling",
 }

@@ -19,6 +19,8 @@ from bitpress.statistics import Statistic
 SQUARE = (Statistic.GRAM, Statistic.HELD_OUT, Statistic.DRIFT)
 # Working copies of a layer's weight in float32, and of its Gram matrix, while it is solved.
 WEIGHT_COPIES, GRAM_COPIES = 4, 2
+# Bytes for each weight of a block that is learned: what it was, where it is, two copies of what it is, its gradient.
+LEARNED = 20
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class Needs:
         return self.held + free_memory(self.device)
 
 
-MODEL, ACTIVATIONS, STATISTICS, SOLVING, BLOCK, RESULT, TENSORS = (
+MODEL, ACTIVATIONS, STATISTICS, SOLVING, LEARNING, BLOCK, RESULT, TENSORS = (
     "the model",
     "activations of all batches",
     "statistics of a block",
     "solving a layer",
+    "learning a block",
     "the largest block",
     "the compressed weights",
     "the tensors at work",
@@ -107,6 +110,7 @@ def estimate(
     per_token: int,
     streamed: bool,
     disk: int = 0,
+    learns: bool = False,
     device: torch.device | str = "cpu",
 ) -> Needs:
     """What a session that has been checked will need.
@@ -118,6 +122,7 @@ def estimate(
         per_token: bytes of a token between two blocks; see :func:`bytes_per_token`.
         streamed: the model is on the disk.
         disk: bytes of the checkpoint.
+        learns: the rounding of each block is learned.
         device: where it is computed.
     """
     device = torch.device(device)
@@ -125,20 +130,23 @@ def estimate(
     blocks_held = 1 if device.type == "cpu" else 2
     largest = max(_bytes(block.module) for block in state.blocks)
     layers = {name: layer for block in state.blocks for name, layer in block.layers.items()}
-    asks = any(wanted.values())
+    asks = any(wanted.values()) or learns
     activations = 0 if not asks or state.activations_on == "disk" else tokens * per_token
+    # What the original model has between two blocks, and what the block should give.
+    activations *= 3 if learns else 1
     solved = [_solving(layer, asks=bool(wanted[name])) for name, layer in layers.items()]
     memory = {
         BLOCK: blocks_held * largest if streamed else 0,
         ACTIVATIONS: activations,
         STATISTICS: max(_statistics(block, state.inputs, wanted) for block in state.blocks),
         SOLVING: max(solved, default=0) + (0 if streamed else largest),
+        LEARNING: LEARNED * max(map(_values, state.blocks)) if learns else 0,
         RESULT: 0 if streamed else disk or sum(_packed(state, name, layer) for name, layer in layers.items()),
     }
     ways = {ACTIVATIONS: 'state activations="disk", or fewer num_calibration_samples'}
     if not streamed:
         ways[RESULT] = "give the model's path and output_dir, so that it stays on the disk"
-    ways[BLOCK] = ways[STATISTICS] = "state smaller blocks with sequential_targets"
+    ways[BLOCK] = ways[STATISTICS] = ways[LEARNING] = "state smaller blocks with sequential_targets"
     return Needs(
         {name: size for name, size in memory.items() if size},
         process_memory(device),
@@ -172,6 +180,10 @@ def bytes_per_token(blocks: list[Block]) -> int:
 
 def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _values(block: Block) -> int:
+    return sum(weight_matrix(layer).numel() for layer in block.layers.values())
 
 
 def _solving(layer: nn.Module, *, asks: bool) -> int:

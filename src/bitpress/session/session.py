@@ -170,6 +170,7 @@ class Session:
             tokens=0 if data is None else data.tokens,
             per_token=bytes_per_token(self.state.blocks),
             streamed=self._on_disk,
+            learns=self.state.rounding is not None,
             device=self.device,
         )
 

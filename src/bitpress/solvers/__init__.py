@@ -10,6 +10,7 @@ from bitpress.solvers.objective import output_error
 from bitpress.solvers.ranges import check_finite, minmax_parameters, round_to_nearest, search_parameters
 from bitpress.solvers.refine import Refined, refine_together
 from bitpress.solvers.refit import refit_scales
+from bitpress.solvers.rounding import LearnedRounding
 from bitpress.solvers.sensitivity import squared_slope
 from bitpress.solvers.smoothquant import SmoothQuant, search_strength, smoothing_scales
 
@@ -17,6 +18,7 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "BalanceWeight",
+    "LearnedRounding",
     "Refined",
     "SmoothQuant",
     "allocate",

@@ -1,7 +1,7 @@
 """Calibration data: whatever the user calls a dataset becomes a list of batches that the model's forward takes.
 
 `loading` finds what a name stands for, `sources` tells what kind of data an object holds, `samples` makes token
-sequences of it, `batches` pads and groups them.
+sequences of it, `batches` pads and groups them; `generated` has the model write some itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bitpress.pipelines.data.batches import (
     check_vocabulary,
     take_ready,
 )
+from bitpress.pipelines.data.generated import with_generated
 from bitpress.pipelines.data.samples import gather
 from bitpress.pipelines.data.sources import ReadyBatches, SampleRows, open_source
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Batch", "CalibrationData", "prepare"]
+__all__ = ["Batch", "CalibrationData", "prepare", "with_generated"]
 
 logger = logging.getLogger(__name__)
 
