@@ -11,7 +11,7 @@ from bitpress import BitpressError, oneshot
 from bitpress.modifiers import GeneratedTextModifier
 from bitpress.modifiers.state import Writing
 from bitpress.pipelines.data import prepare, with_generated
-from bitpress.pipelines.data.generated import write
+from bitpress.pipelines.data.generated import _Draws, write
 
 
 def sure(scale=60.0):
@@ -34,6 +34,16 @@ def test_each_text_goes_on_as_the_model_predicts():
     assert len(set(ids[:, 0].tolist())) >= 6
 
 
+def test_words_come_as_often_as_they_are_predicted():
+    scores = torch.tensor([0.0, 2.0, 9.0, -1.0, 1.0, -torch.inf])
+    draws = _Draws([2], torch.Generator().manual_seed(0))
+    picked = draws(torch.empty(0), scores.repeat(40000, 1)).argmax(-1)
+    scores[2] = -torch.inf
+    shares = picked.bincount(minlength=6) / 40000
+    assert torch.allclose(shares, scores.softmax(0), atol=0.01)
+    assert shares[2] == shares[5] == 0
+
+
 def test_what_is_drawn_is_that_of_the_seed_and_of_nothing_else():
     model = tiny.llama().train()
     torch.manual_seed(3)
@@ -44,6 +54,15 @@ def test_what_is_drawn_is_that_of_the_seed_and_of_nothing_else():
     assert torch.equal(write(model, Writing(4, 16), None, seed=1), first)
     assert not torch.equal(write(model, Writing(4, 16), None, seed=2), first)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("stated", "ends"), [(3, {3}), ([3, 5], {3, 5})])
+def test_no_text_ends_early(stated, ends):
+    model = tiny.llama()
+    model.generation_config.eos_token_id = stated
+    ids = write(model, Writing(64, 24), None, seed=1)
+    assert ids.shape == (64, 24)
+    assert not set(ids[:, 1:].flatten().tolist()) & ends
 
 
 def test_it_begins_as_the_tokenizer_begins_and_has_no_special_tokens_inside():

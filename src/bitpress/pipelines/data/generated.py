@@ -82,33 +82,55 @@ def write(model: nn.Module, writing: Writing, tokenizer: Any, seed: int) -> Tens
     Returns:
         (samples, length), int64, on the CPU.
     """
-    from transformers import GenerationConfig  # noqa: PLC0415
+    from transformers import GenerationConfig, LogitsProcessorList  # noqa: PLC0415
 
     prefix = _prefix(tokenizer)
     size = model.get_input_embeddings().num_embeddings if tokenizer is None else len(tokenizer)  # type: ignore[operator]
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special = set(getattr(tokenizer, "all_special_ids", ())) | _ends(model)
     draw = torch.Generator().manual_seed(seed)
     texts = torch.tensor([token for token in range(size) if token not in special])
     first = texts[torch.randint(len(texts), (writing.samples, 1), generator=draw)]
     start = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(writing.samples, -1), first], 1)
     missing = writing.length - start.shape[1]
     # Nothing of the model's own settings: they make the text likelier than its predictions are.
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=missing, min_new_tokens=missing,
-        suppress_tokens=sorted(special) or None, eos_token_id=None, pad_token_id=0, use_cache=True,
-    )  # fmt: skip
+    settings = GenerationConfig(do_sample=False, max_new_tokens=missing, pad_token_id=0, use_cache=True)
     device = device_of(model)
+    draws = LogitsProcessorList([_Draws(sorted(special), draw)])
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            start = start.to(device)
-            found: Tensor = model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)  # type: ignore[operator]
+        start = start.to(device)
+        mask = torch.ones_like(start)
+        found: Tensor = model.generate(start, attention_mask=mask, generation_config=settings, logits_processor=draws)  # type: ignore[operator]
     finally:
         for module, training in modes.items():
             module.training = training
     return found.cpu()
+
+
+class _Draws:
+    """Draws each next token from the model's predictions, and leaves no choice but it.
+
+    A logits processor, for a search that takes the likeliest. The inverse of the cumulative distribution needs one
+    random number for each sequence, where torch.multinomial draws one for each word.
+    """
+
+    def __init__(self, forbidden: list[int], generator: torch.Generator) -> None:
+        self._forbidden, self._generator = torch.tensor(forbidden, dtype=torch.int64), generator
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.index_fill(1, self._forbidden.to(scores.device), -torch.inf)
+        sums = scores.softmax(-1).cumsum(-1)
+        # Just short of 1, where rounding could point behind the last word.
+        at = torch.rand(len(scores), 1, generator=self._generator) * (1 - 2.0**-20)
+        chosen = torch.searchsorted(sums, at.to(sums) * sums[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _ends(model: nn.Module) -> set[int]:
+    """The tokens at which the model would stop."""
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _prefix(tokenizer: Any) -> list[int]:
