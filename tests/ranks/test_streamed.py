@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from processes import ended, started
+from transformers import AutoModelForCausalLM
 
 import bitpress
 
@@ -15,6 +16,13 @@ STREAMED = Path(__file__).with_name("streamed.py")
 def files(path):
     timed = ("report.json", "report.html")
     return {f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.name not in timed}
+
+
+@torch.no_grad()
+def logits(path):
+    compressed = (path / "recipe.yaml").exists()
+    model = bitpress.load(path, packed=False) if compressed else AutoModelForCausalLM.from_pretrained(path)
+    return model(**tiny.tokens(4, seed=9)).logits
 
 
 @pytest.fixture
@@ -45,6 +53,6 @@ def test_ranks_stream_and_go_on(run, tmp_path):
     assert codes == [0, 0], printed
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert run("alone", size=1)[0] == [0]
-    ids = torch.tensor(tiny.tokens(4, seed=9)["input_ids"])
-    together, alone = (bitpress.load(tmp_path / name, packed=False)(ids).logits for name in ("out", "alone"))
-    assert torch.allclose(together, alone, atol=0.05 * float(alone.std()))
+    together, alone, dense = (logits(tmp_path / name) for name in ("out", "alone", "model"))
+    # Sums in another order flip a few points of the grids.
+    assert float((together - alone).norm()) < 0.25 * float((dense - alone).norm())
