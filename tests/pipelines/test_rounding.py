@@ -53,7 +53,8 @@ def test_the_model_comes_nearer_to_the_original(before, build, kind):
         assert 0.005 < moved < 0.5
         record = session.state.layer_records[name]
         assert 0 < record["points_learned"] < 0.5
-        assert "LearnedRounding" in record.get("steps", {"LearnedRounding": 0})
+        # Without statistics there is no error to be told.
+        assert before is rtn or "LearnedRounding" in record["steps"]
 
 
 def test_the_errors_are_those_of_the_batches_that_are_held_out():

@@ -15,8 +15,7 @@ class GeneratedTextModifier(Modifier):
     4 bits, a little more: docs/benchmarks.md. It may stand anywhere in the recipe.
 
     It is for models that go on with a text, in memory as a whole; beside a dataset others do without, with a warning.
-    Writing takes about twice the time of a forward of as many tokens on a CPU, where many sequences are written
-    together.
+    On a CPU writing takes about as long as a forward of as many tokens, since all sequences are written together.
 
     Attributes:
         samples: sequences; 0 for none.

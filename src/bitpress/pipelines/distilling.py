@@ -20,6 +20,7 @@ from bitpress.models.substitutes import Make, Substitute, substituted, substitut
 from bitpress.modifiers import State
 from bitpress.pipelines.data import Batch, CalibrationData
 from bitpress.pipelines.gradients import (
+    BETAS,
     Forward,
     first_tensor,
     keeping_inputs,
@@ -34,7 +35,6 @@ from bitpress.quantization.scales import ScaleKind, scale_kind
 
 logger = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.99)
 # Of a grid of 4 bits, for which learning rates are stated.
 STEPS = 2**4 - 1
 

@@ -12,6 +12,8 @@ from bitpress.models.blocks import Block
 from bitpress.pipelines.data import Batch
 
 Forward = Callable[..., Any]
+# Of Adam, for the logarithms of scales' factors.
+BETAS = (0.9, 0.99)
 
 
 @contextmanager

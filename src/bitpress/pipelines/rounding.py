@@ -5,6 +5,7 @@ the error. Batches that are held out judge: a block that did not come nearer to 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,9 @@ from bitpress.modifiers.sharing import Problem, found, joined_figures
 from bitpress.modifiers.spread import spread
 from bitpress.modifiers.state import Rounding
 from bitpress.modifiers.steps import note_solved
-from bitpress.pipelines.gradients import first_floats, own_gradients_kept
+from bitpress.pipelines.gradients import BETAS, first_floats, own_gradients_kept
 from bitpress.quantization import QuantizedWeight
 from bitpress.solvers import LearnedRounding
-
-# As bitpress.pipelines.distilling has them.
-BETAS = (0.9, 0.99)
 
 Errors = Callable[[int], tuple[Tensor, int]]
 
@@ -149,7 +147,7 @@ def _take(state: State, block: Block, name: str, weight: QuantizedWeight) -> Non
     solved = state.quantized[name]
     # Every rank has learned the same; that it is the same to the bit one of them says.
     values, scale = (state.ranks.from_first(x) for x in (weight.values, weight.scale))
-    weight = QuantizedWeight(values, scale, weight.zero_point, weight.args, weight.global_scale)
+    weight = replace(weight, values=values, scale=scale)
     moved = (values.view(weight.values.dtype) != solved.values).float().mean()
     state.layer_records.setdefault(name, {})["points_learned"] = float(moved)
     state.quantized[name] = weight
